@@ -1,0 +1,222 @@
+"""The simulator finds what it is for: each bug below, planted in the code it tests, is found within a few seeds."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from hashlib import sha256
+from itertools import islice
+
+import pytest
+
+import worker.scheduler
+from pagetable.allocator import NO_PLAN, BlockAllocator
+from pagetable.block_table import BlockTable
+from pagetable.eviction import LruOrder
+from pagetable.ids import LogicalPageId, PageRef, PlanNumber
+from pagetable.page import PagePool
+from pagetable.prefix_tree import NO_PAGE
+from tests.simulation import Simulation
+from worker.plan import Plan
+from worker.scheduler import ShardScheduler
+from worker.sequence import FinishReason, Sequence
+
+Patch = pytest.MonkeyPatch
+BUGS: dict[str, Callable[[Patch], None]] = {}
+
+
+def bug(plant: Callable[[Patch], None]) -> Callable[[Patch], None]:
+    BUGS[plant.__name__] = plant
+    return plant
+
+
+@bug
+def no_decrement_on_cancel(patch: Patch) -> None:
+    finish = ShardScheduler._finish
+
+    def leaky(self: ShardScheduler, sequence: Sequence, reason: FinishReason, failure: str = "") -> object:
+        if reason is FinishReason.CANCELLED and sequence.table.pages:
+            sequence.table.num_tokens -= 1
+            sequence.table.pages.pop()
+        return finish(sequence=sequence, self=self, reason=reason, failure=failure)
+
+    patch.setattr(ShardScheduler, "_finish", leaky)
+
+
+@bug
+def no_generation_bump(patch: Patch) -> None:
+    allocate = BlockAllocator.allocate
+
+    def stuck(self: BlockAllocator, count: int = 1, near: int = -1) -> list[PageRef]:
+        refs = allocate(self, count, near)  # type: ignore[arg-type]
+        for ref in refs:
+            self._generation[ref >> 24 & 0xFFFFFF] = 1
+        return [PageRef(ref & ~0xFFFFFF | 1) for ref in refs]
+
+    patch.setattr(BlockAllocator, "allocate", stuck)
+
+
+@bug
+def tail_off_by_one(patch: Patch) -> None:
+    append = BlockTable.append
+
+    def short(self: BlockTable, num_tokens: int, after: PlanNumber) -> object:
+        self.num_tokens -= self.num_tokens % self.block_size == self.block_size - 1 and len(self.pages) > 1
+        return append(self, num_tokens, after)
+
+    patch.setattr(BlockTable, "append", short)
+
+
+@bug
+def freed_before_the_plan_retired(patch: Patch) -> None:
+    free = BlockAllocator.free
+    patch.setattr(BlockAllocator, "free", lambda self, ref, after=NO_PLAN: free(self, ref))
+
+
+@bug
+def no_copy_on_write(patch: Patch) -> None:
+    patch.setattr(BlockTable, "_copies", lambda self: False)
+
+
+@bug
+def copies_in_the_books_only(patch: Patch) -> None:
+    send = ShardScheduler._send
+
+    def forget(self: ShardScheduler, sequence: Sequence, index: int, plan: Plan) -> None:
+        if index >= sequence.num_sent:
+            send(self, sequence, index, plan)
+
+    patch.setattr(ShardScheduler, "_send", forget)
+
+
+@bug
+def evicts_the_most_recent(patch: Patch) -> None:
+    patch.setattr(LruOrder, "victim", lambda self: self._pages.popitem(last=True)[0])
+
+
+@bug
+def digest_without_its_parent(patch: Patch) -> None:
+    def alone(digests: list[bytes], root: bytes, tokens: array[int], size: int, pages: int) -> None:
+        for index in range(len(digests), pages):
+            digests.append(sha256(root + tokens[index * size : (index + 1) * size].tobytes()).digest())
+
+    patch.setattr(worker.scheduler, "extend_digests", alone)
+
+
+@bug
+def salt_forgotten(patch: Patch) -> None:
+    patch.setattr(worker.scheduler, "root_digest", lambda identity, salt="": sha256(identity).digest())
+
+
+@bug
+def match_covers_the_last_token(patch: Patch) -> None:
+    def greedy(self: ShardScheduler, sequence: Sequence) -> list[LogicalPageId]:
+        size = self.config.block_size
+        first, last = sequence.num_computed // size, len(sequence.tokens) // size
+        if not self.config.enable_prefix_caching or sequence.num_computed % size:
+            return []
+        worker.scheduler.extend_digests(sequence.digests, sequence.root, sequence.tokens, size, last)
+        return self.pool.tree.match(islice(sequence.digests, first, last))
+
+    patch.setattr(ShardScheduler, "_match", greedy)
+
+
+@bug
+def shared_without_counting(patch: Patch) -> None:
+    def uncounted(self: BlockTable, num_tokens: int) -> BlockTable:
+        child = BlockTable(self.pool, self.block_size)
+        child.num_tokens = num_tokens
+        child.pages = self.pages[: -(-num_tokens // self.block_size)]
+        return child
+
+    patch.setattr(BlockTable, "fork", uncounted)
+
+
+@bug
+def sealed_a_page_early(patch: Patch) -> None:
+    seal = ShardScheduler._seal
+
+    def early(self: ShardScheduler, sequence: Sequence, step: object) -> None:
+        computed = sequence.num_computed
+        if len(sequence.table) * self.config.block_size <= len(sequence.tokens):
+            sequence.num_computed = len(sequence.table) * self.config.block_size
+        seal(self, sequence, step)  # type: ignore[arg-type]
+        sequence.num_computed = computed
+
+    def always(self: ShardScheduler, sequence: Sequence, count: int, step: object) -> None:
+        append(self, sequence, count, step)  # type: ignore[arg-type]
+        if self.config.enable_prefix_caching:
+            early(self, sequence, step)
+
+    append = ShardScheduler._append
+    patch.setattr(ShardScheduler, "_append", always)
+
+
+@bug
+def victim_is_the_oldest(patch: Patch) -> None:
+    preempt = ShardScheduler._preempt
+    patch.setattr(ShardScheduler, "_preempt", lambda self, sequence: preempt(self, self.running[0]))
+
+
+@bug
+def swapped_page_not_sent(patch: Patch) -> None:
+    seal = ShardScheduler._seal
+
+    def silent(self: ShardScheduler, sequence: Sequence, step: object) -> None:
+        seal(self, sequence, step)  # type: ignore[arg-type]
+        sequence.resend.clear()
+
+    patch.setattr(ShardScheduler, "_seal", silent)
+
+
+@bug
+def slot_given_twice(patch: Patch) -> None:
+    leave = ShardScheduler._leave
+
+    def twice(self: ShardScheduler, sequence: Sequence) -> None:
+        slot = sequence.slot
+        leave(self, sequence)
+        if len(self._free_slots) < self.config.max_num_seqs:
+            self._free_slots.insert(0, slot)
+
+    patch.setattr(ShardScheduler, "_leave", twice)
+
+
+@bug
+def samples_share_one_random_number(patch: Patch) -> None:
+    introduce = ShardScheduler._introduce
+
+    def merged(self: ShardScheduler, sequence: Sequence, step: object) -> None:
+        index, sequence.sample_index = sequence.sample_index, 0
+        introduce(self, sequence, step)  # type: ignore[arg-type]
+        sequence.sample_index = index
+
+    patch.setattr(ShardScheduler, "_introduce", merged)
+
+
+@bug
+def preempted_without_limit(patch: Patch) -> None:
+    patch.setattr(ShardScheduler, "_beyond_preemption", lambda self, sequence: True)
+
+
+@bug
+def parent_lost_at_eviction(patch: Patch) -> None:
+    seal = PagePool.seal
+    patch.setattr(PagePool, "seal", lambda self, page, digest, parent: seal(self, page, digest, NO_PAGE))
+    patch.setattr(LruOrder, "add", lambda self, page: (self._pages.update({page: None}), self._pages.move_to_end(page, last=False))[0])
+
+
+def run(seed: int, steps: int = 100) -> None:
+    simulation = Simulation(seed)
+    for _ in range(steps):
+        simulation.step()
+    simulation.drain()
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_is_found(name: str, monkeypatch: Patch) -> None:
+    BUGS[name](monkeypatch)
+    with pytest.raises(Exception) as found:  # noqa: PT011 - whatever the bug breaks first
+        for seed in range(60):
+            run(seed)
+    assert not isinstance(found.value, (TypeError, NameError)), "the bug itself is broken"

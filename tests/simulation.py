@@ -1,0 +1,371 @@
+"""A shard in a simulator: the real scheduler over a fake two-stage device whose tokens depend on every byte read.
+
+The fake device runs plans as a pipeline of two stages, each with its own pool: stage 0 when a plan is submitted, stage 1 when it
+retires, so plan n + 1 has begun before plan n ends. What a position writes is a hash of all that it read before, in both stages; the
+next token is a hash of that. So a page that is stale, swapped, half-written or of another sequence becomes a wrong token, which the
+unpaged `Reference` finds at once. A block that is handed out is scribbled over at that moment, as an incoming transfer
+would: whoever still reads it by an older plan reads garbage.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import islice
+
+from pagetable.allocator import BlockAllocator
+from pagetable.errors import InvalidRequest, StalePage
+from pagetable.ids import DeviceId, LogicalPageId, PageRef, block_of, generation_of
+from pagetable.page import PagePool
+from pagetable.sampling import Request, SamplingParams
+from worker.config import ShardConfig
+from worker.plan import Plan, StepResult
+from worker.scheduler import ShardScheduler
+from worker.sequence import FinishReason, Sequence, State, TokenOutput
+
+MASK = (1 << 64) - 1
+VOCAB = 23
+EOS = 0
+
+
+def mix(*values: int) -> int:
+    x = 0x9E3779B97F4A7C15
+    for value in values:
+        x = ((x ^ (value & MASK)) * 0xBF58476D1CE4E5B9) & MASK
+        x ^= x >> 29
+    return x
+
+
+def draw(hidden: int, seed: int, sample_index: int, position: int) -> int:
+    return mix(hidden, seed, sample_index, position) % VOCAB
+
+
+class Reference:
+    """The same function without pages: feed tokens, ask for the next."""
+
+    def __init__(self, request: Request, sample_index: int, forced: tuple[int, ...] = ()) -> None:
+        self.request, self.sample_index = request, sample_index
+        self.sums = [0, 0]
+        self.position = 0
+        self.hidden = 0
+        self.emitted = 0
+        for token in (*request.prompt, *forced):
+            self.feed(token)
+        self.emitted = len(forced)
+
+    def feed(self, token: int) -> None:
+        x = mix(token, self.position)
+        for stage in (0, 1):
+            self.sums[stage] = (self.sums[stage] + (2 * self.position + 1) * x) & MASK
+            x = mix(self.sums[stage], stage)
+        self.hidden = x
+        self.position += 1
+
+    def next(self) -> int:
+        assert self.request.params.seed is not None
+        token = draw(self.hidden, self.request.params.seed, self.sample_index, self.position)
+        self.feed(token)
+        self.emitted += 1
+        return token
+
+
+class Stage:
+    """One rank: its pool, its block tables and its sampler state, changed by plans only."""
+
+    def __init__(self, index: int, num_blocks: int, block_size: int) -> None:
+        self.index, self.block_size = index, block_size
+        self.pool = [[0] * block_size for _ in range(num_blocks)]
+        self.tables: dict[int, dict[int, int]] = {}
+        self.samplers: dict[int, tuple[int, int]] = {}
+
+    def run(self, plan: Plan, x: list[int]) -> list[int]:
+        size = self.block_size
+        for admit in plan.admits:
+            self.tables[admit.slot] = {}
+            self.samplers[admit.slot] = admit.params.seed or 0, admit.sample_index
+        for slot, index, block in zip(plan.table_slot, plan.table_index, plan.table_block, strict=True):
+            self.tables[slot][index] = block
+        for source, target in zip(plan.copy_source, plan.copy_target, strict=True):
+            self.pool[target] = self.pool[source][:]
+        for row, slot in enumerate(plan.slots):
+            table, first = self.tables[slot], plan.first_position[row]
+            for t in range(plan.query_start[row], plan.query_start[row + 1]):
+                position = first + t - plan.query_start[row]
+                self.pool[table[position // size]][position % size] = x[t]
+        out = [0] * len(x)
+        for row, slot in enumerate(plan.slots):
+            table, first = self.tables[slot], plan.first_position[row]
+            total, begin = 0, plan.query_start[row]
+            for position in range(first + plan.query_start[row + 1] - begin):
+                total = (total + (2 * position + 1) * self.pool[table[position // size]][position % size]) & MASK
+                if position >= first:
+                    out[begin + position - first] = mix(total, self.index)
+        return out
+
+
+class FakeDevice:
+    """Both stages and the plans between them."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.stages = [Stage(i, num_blocks, block_size) for i in (0, 1)]
+        self.between: list[tuple[Plan, list[int]]] = []
+
+    def submit(self, plan: Plan) -> None:
+        x = []
+        for row in range(plan.num_rows):
+            start, end = plan.query_start[row], plan.query_start[row + 1]
+            x += [mix(plan.tokens[t], plan.first_position[row] + t - start) for t in range(start, end)]
+        self.between.append((plan, self.stages[0].run(plan, x)))
+
+    def finish(self) -> StepResult:
+        plan, x = self.between.pop(0)
+        stage = self.stages[1]
+        hidden = stage.run(plan, x)
+        tokens = array("i")
+        for row, slot, position in zip(plan.sample_row, plan.sample_slot, plan.sample_position, strict=True):
+            tokens.append(draw(hidden[row], *stage.samplers[slot], position))
+        return StepResult(plan.number, tokens)
+
+    def run(self, plan: Plan) -> StepResult:
+        self.submit(plan)
+        return self.finish()
+
+    def scribble(self, block: int) -> None:
+        for stage in self.stages:
+            stage.pool[block] = [mix(block, offset, 77) for offset in range(stage.block_size)]
+
+
+class WatchedAllocator(BlockAllocator):
+    """Scribbles over each block that it hands out, and remembers the generations that it gave."""
+
+    def __init__(self, num_blocks: int, device: FakeDevice, rng: random.Random) -> None:
+        super().__init__(DeviceId(3), num_blocks)
+        self.device, self.rng = device, rng
+        self.lives: dict[int, int] = {}
+        self.stale: list[PageRef] = []
+
+    def allocate(self, count: int = 1, near: int = -1) -> list[PageRef]:  # type: ignore[override]
+        refs = super().allocate(count, near)  # type: ignore[arg-type]
+        for ref in refs:
+            block, generation = block_of(ref), generation_of(ref)
+            assert generation == self.lives.get(block, 0) + 1, "the generation did not grow by one"
+            if block in self.lives:
+                self.stale.append(PageRef(ref - 1))
+            self.lives[block] = generation
+            self.device.scribble(block)
+        return refs
+
+    def probe_stale(self) -> None:
+        """An old reference must be refused by every call, with nothing changed."""
+        if self.stale:
+            ref = self.rng.choice(self.stale)
+            for call in (self.share, self.free, self.publish, self.pin):
+                try:
+                    call(ref)
+                except StalePage:
+                    continue
+                raise AssertionError("a stale reference was taken")
+
+
+@dataclass
+class Stream:
+    request: Request
+    reference: Reference
+    tokens: list[int] = field(default_factory=list)
+    ended: bool = False
+
+
+class WatchedScheduler(ShardScheduler):
+    """Asserts the promises on preemption at the moment of each."""
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert sequence is not self._oldest(), "the oldest sequence was preempted"
+        younger = [s for s in self.running if s.order > sequence.order]
+        assert not younger, "a sequence was preempted while a younger one runs"
+        super()._preempt(sequence)
+        assert sequence.preemptions <= self.config.max_preemptions, "preempted too often"
+
+
+class Simulation:
+    """Random arrivals, cancels, forks and retirements from one seed; `check` after every step.
+
+    Args:
+        knobs: overrides of ShardConfig; the rest is drawn.
+        depth: plans in flight at most.
+    """
+
+    def __init__(self, seed: int, depth: int | None = None, **knobs: int | float | bool) -> None:
+        self.rng = rng = random.Random(seed)
+        block_size = int(knobs.pop("block_size", rng.choice([1, 2, 3, 4, 8])))
+        num_blocks = int(knobs.pop("num_blocks", rng.choice([6, 12, 24, 40])))
+        settings: dict[str, int | float | bool] = {
+            "max_model_len": min(60, num_blocks * block_size),
+            "max_num_seqs": rng.choice([1, 3, 8]),
+            "max_num_partial_prefills": rng.choice([1, 2, 4]),
+            "enable_prefix_caching": rng.random() < 0.8,
+            "max_waiting": 12,
+            "max_pool_share": rng.choice([0.3, 0.5, 1.0]),
+            "max_preemptions": rng.choice([1, 3]),
+        }
+        settings["max_num_batched_tokens"] = int(settings["max_num_seqs"]) + block_size + rng.choice([0, 5, 30])
+        settings.update(knobs)
+        self.config = ShardConfig(num_blocks=num_blocks, block_size=block_size, **settings)  # type: ignore[arg-type]
+        self.device = FakeDevice(num_blocks, block_size)
+        self.allocator = WatchedAllocator(num_blocks, self.device, rng)
+        self.pool = PagePool([self.allocator])
+        self.scheduler = WatchedScheduler(self.config, self.pool, b"simulated")
+        self.depth = depth or rng.choice([1, 2, 3])
+        self.streams: dict[tuple[str, int], Stream] = {}
+        self.families = [[rng.randrange(1, VOCAB) for _ in range(60)] for _ in range(3)]
+        self.names = 0
+        self.num_tokens = 0
+        self.num_refused = 0
+        self.steps = 0
+
+    def step(self) -> None:
+        """One random event, then plans and retirements, then all invariants."""
+        self.steps += 1
+        roll = self.rng.random()
+        if roll < 0.30:
+            self.arrive()
+        elif roll < 0.36:
+            self.cancel()
+        elif roll < 0.42:
+            self.fork()
+        self.advance()
+        self.check()
+
+    def advance(self) -> bool:
+        """Schedule up to the depth, then retire some; whether anything moved."""
+        moved = False
+        while self.scheduler.num_in_flight < self.depth:
+            oldest = self.scheduler._oldest()
+            plan = self.scheduler.schedule()
+            if plan is None:
+                assert self.scheduler.num_in_flight or not self.scheduler.has_work, "work, room and no plan"
+                break
+            if self.scheduler.num_in_flight == 1:
+                assert oldest is not None and oldest.last_plan == plan.number, "the oldest sequence did not advance"
+            moved = True
+            self.device.submit(plan)
+            if self.rng.random() < 0.3:
+                break
+        if self.scheduler.num_in_flight and (not moved or self.rng.random() < 0.7):
+            moved = True
+            for output in self.scheduler.retire(self.device.finish()):
+                self.receive(output)
+        return moved
+
+    def receive(self, output: TokenOutput) -> None:
+        stream = self.streams[output.request_id, output.sample_index]
+        assert not stream.ended, "an output after the end"
+        params = stream.request.params
+        if output.token is not None:
+            expected = stream.reference.next()
+            assert output.token == expected, f"{output}: expected {expected} at step {self.steps}"
+            stream.tokens.append(output.token)
+            self.num_tokens += 1
+        emitted = stream.reference.emitted
+        assert params.max_tokens is not None and emitted <= params.max_tokens
+        if output.finish_reason is not None:
+            stream.ended = True
+            if output.finish_reason is FinishReason.LENGTH:
+                assert emitted == params.max_tokens
+            if output.finish_reason is FinishReason.STOP:
+                assert output.token == EOS and emitted >= params.min_tokens
+        elif output.token == EOS and not params.ignore_eos:
+            assert emitted < params.min_tokens, "went on behind the end"
+
+    def arrive(self) -> None:
+        rng = self.rng
+        family = rng.choice(self.families)
+        prompt = family[: rng.randrange(1, 50)] + [rng.randrange(1, VOCAB) for _ in range(rng.randrange(4))]
+        max_tokens = rng.randrange(1, 20)
+        params = SamplingParams(
+            n=rng.choice([1, 1, 1, 2, 4]),
+            seed=rng.randrange(1 << 40),
+            max_tokens=max_tokens,
+            min_tokens=rng.randrange(max_tokens),
+            ignore_eos=rng.random() < 0.3,
+        )
+        self.names += 1
+        request = Request(f"r{self.names}", tuple(prompt), params, (EOS,), rng.choice(["", "", "tenant"]))
+        try:
+            self.scheduler.add(request)
+        except InvalidRequest:
+            assert len(prompt) + max_tokens > self.config.max_model_len
+            self.num_refused += 1
+            return
+        except Exception as error:
+            assert type(error).__name__ == "Overloaded" and len(self.scheduler.waiting) >= self.config.max_waiting
+            self.num_refused += 1
+            return
+        for index in range(params.n):
+            self.streams[request.request_id, index] = Stream(request, Reference(request, index))
+
+    def cancel(self) -> None:
+        sequences = self.scheduler.sequences()
+        if not sequences:
+            return
+        victim = self.rng.choice(sequences)
+        request_id = victim.request.request_id
+        if self.rng.random() < 0.5:
+            outputs = self.scheduler.cancel(request_id)
+        else:
+            outputs = [self.scheduler.finish(request_id, victim.sample_index, FinishReason.CANCELLED)]
+        for output in outputs:
+            self.receive(output)
+
+    def fork(self) -> None:
+        running = [s for s in self.scheduler.sequences() if s.state is not State.FORK]
+        if not running:
+            return
+        parent = self.rng.choice(running)
+        emitted = tuple(parent.tokens[parent.prompt_length :])
+        room = self.config.max_model_len - parent.prompt_length
+        if len(emitted) + 1 > room:
+            return
+        params = SamplingParams(seed=self.rng.randrange(1 << 40), max_tokens=self.rng.randrange(len(emitted) + 1, room + 1))
+        self.names += 1
+        request = Request(f"f{self.names}", parent.request.prompt, params, (EOS,), parent.request.cache_salt)
+        try:
+            self.scheduler.fork(parent.request.request_id, parent.sample_index, request)
+        except Exception as error:
+            assert type(error).__name__ == "Overloaded"
+            return
+        self.streams[request.request_id, 0] = Stream(request, Reference(request, 0, emitted), list(emitted))
+
+    def check(self) -> None:
+        self.scheduler.check()
+        self.allocator.probe_stale()
+        unfinished = {(s.request.request_id, s.sample_index) for s in self.scheduler.sequences()}
+        assert unfinished == {key for key, stream in self.streams.items() if not stream.ended}, "a sequence got lost"
+        for sequence in self.scheduler.sequences():
+            self.check_chain(sequence)
+
+    def check_chain(self, sequence: Sequence) -> None:
+        """Sealed pages of a table stand in the tree under the digest of exactly this sequence's tokens (D8, D9)."""
+        size, salt = self.config.block_size, sequence.request.cache_salt
+        digest = sha256(b"quire root\0" + len(b"simulated").to_bytes(8, "little") + b"simulated" + salt.encode()).digest()
+        for index, page in enumerate(list(sequence.table)[: sequence.num_sealed]):
+            digest = sha256(digest + array("i", sequence.tokens[index * size : (index + 1) * size]).tobytes()).digest()
+            assert self.pool.tree.digest(page) == digest, "a page is found under another content's digest"
+            behind = list(islice(self.pool.tree.path(page), 1, 2))
+            assert behind == [LogicalPageId(p) for p in sequence.table.pages[max(0, index - 1) : index]]
+
+    def drain(self, limit: int = 3000) -> None:
+        """No more events: everything ends, and the pool is empty (D25, D26)."""
+        for _ in range(limit):
+            if not self.scheduler.has_work and not self.scheduler.num_in_flight:
+                break
+            self.advance()
+            self.check()
+        assert not self.scheduler.has_work, "did not finish"
+        assert all(stream.ended for stream in self.streams.values())
+        self.pool.flush()
+        self.scheduler.check()
+        assert self.allocator.num_free == self.config.num_blocks, "blocks were lost"
+        assert self.allocator.num_allocations == self.allocator.num_frees
+        assert self.scheduler.pool.num_retiring == 0

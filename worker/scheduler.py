@@ -1,0 +1,602 @@
+"""What a shard does next: continuous batching over pages, decided from counts alone.
+
+    WAIT --admit--> PREFILL --last chunk planned--> DECODE --> DONE
+      ^---------------- preempt ----------------------|
+    FORK --the parent's last prompt chunk is planned--> DECODE       (no slot left: --> WAIT)
+
+`schedule` makes the next plan and books its effects at once (tokens computed, pages filled and findable); `retire` takes the plan's
+result. Several plans may be in flight; a sequence that awaits its token sits out. Promises, in this order:
+
+1. The oldest unfinished sequence advances in every plan; for it, and only by older ones, younger sequences are preempted.
+2. Every running decode is in every plan; prompts share what is left of the token budget in equal parts.
+3. A sequence preempted `max_preemptions` times comes back only when it can no longer be a victim.
+
+Nothing here reads a clock, draws a number or does I/O: the same calls give the same plans.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import insort
+from itertools import islice
+from operator import attrgetter
+
+from pagetable.block_table import BlockTable
+from pagetable.errors import AlreadyExists, InvalidRequest, InvariantBroken, NotFound, OutOfBlocks, Overloaded, WrongState
+from pagetable.ids import LogicalPageId, PlanNumber, SequenceId
+from pagetable.page import PagePool
+from pagetable.prefix_tree import NO_PAGE, extend_digests, root_digest
+from pagetable.sampling import Request
+from worker.config import ShardConfig
+from worker.plan import Admit, Plan, StepResult
+from worker.sequence import NO_SLOT, FinishReason, Sequence, State, TokenOutput
+
+_ADMISSION_SCAN = 32  # waiting sequences looked at per step: a big one at the head does not hold up small ones
+_AGE = attrgetter("order")
+
+
+class _Row:
+    """A sequence's share of the plan in the making: tokens start .. start + count."""
+
+    __slots__ = ("count", "sequence", "start")
+
+    def __init__(self, sequence: Sequence, start: int, count: int) -> None:
+        self.sequence, self.start, self.count = sequence, start, count
+
+
+class _Step:
+    """The plan in the making, and what its retirement needs."""
+
+    def __init__(self, number: PlanNumber, budget: int) -> None:
+        self.plan = Plan(number)
+        self.budget = budget  # prompt tokens that the plan may still take
+        self.rows: dict[SequenceId, _Row] = {}
+        self.samples: list[tuple[Sequence, Sequence]] = []  # who samples, and from whose row
+        self.scored: list[tuple[Sequence, int]] = []
+        self.fresh: list[LogicalPageId] = []  # pages that this plan is the first to write
+        self.sealed: list[LogicalPageId] = []  # pages that others find because this plan fills them
+
+
+class ShardScheduler:
+    """All sequences of one shard and the plans in flight. Owns its PagePool: nothing else may change it.
+
+    Args:
+        config: limits.
+        pool: the shard's pages.
+        identity: whatever besides tokens decides K and V; pages are shared only under an equal one.
+    """
+
+    def __init__(self, config: ShardConfig, pool: PagePool, identity: bytes = b"") -> None:
+        self.config = config
+        self.pool = pool
+        self.waiting: list[Sequence] = []  # oldest first
+        self.running: list[Sequence] = []  # PREFILL and DECODE, oldest first
+        self.num_preemptions = 0
+        self._identity = identity
+        self._requests: dict[str, dict[int, Sequence]] = {}  # unfinished, by request id and sample index
+        self._forks: dict[SequenceId, list[Sequence]] = {}  # FORK sequences by parent
+        self._free_slots = list(reversed(range(config.max_num_seqs)))
+        self._in_flight: dict[PlanNumber, _Step] = {}
+        self._next_plan = PlanNumber(1)
+        self._next_sequence = SequenceId(1)
+        self._arrivals = 0
+        self._short_of_pages = False  # this plan leaves someone waiting for want of pages
+        self._was_short = False  # the last one did: shares are capped
+
+    # Requests
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def sequences(self) -> list[Sequence]:
+        """All unfinished sequences, oldest first."""
+        return sorted((s for samples in self._requests.values() for s in samples.values()), key=_AGE)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises AlreadyExists, Overloaded, or InvalidRequest where it can never fit."""
+        self._refuse(request)
+        sequences = [self._sequence(request, index) for index in range(request.params.n)]
+        self._arrivals += 1
+        self._requests[request.request_id] = {s.sample_index: s for s in sequences}
+        first, *others = sequences
+        insort(self.waiting, first, key=_AGE)
+        for child in others:
+            child.state, child.parent = State.FORK, first
+        if others:
+            self._forks[first.sequence_id] = others
+
+    def fork(self, request_id: str, sample_index: int, request: Request) -> None:
+        """Go on with a running sample's tokens under another request, from here on; its pages are shared.
+
+        Args:
+            request: the new request; its prompt is the forked one's, n is 1. It may emit as many tokens as its own
+                `max_tokens` less those that the sample has emitted.
+        """
+        parent = self._find(request_id, sample_index)
+        if request.params.n != 1 or request.prompt != parent.request.prompt:
+            raise InvalidRequest("n", request.params.n, "be 1 in a fork, whose prompt is the forked one's")
+        if parent.num_outputs >= (request.params.max_tokens or 0):
+            raise InvalidRequest("max_tokens", request.params.max_tokens, f"be above the {parent.num_outputs} emitted so far")
+        self._refuse(request)
+        child = self._sequence(request, 0)
+        self._arrivals += 1
+        self._requests[request.request_id] = {0: child}
+        child.tokens = array("i", parent.tokens)
+        if parent.state is State.DECODE and self._free_slots and child.root == parent.root:
+            # the token before the fork is computed again: its logits are the child's to sample from
+            self._share_table(child, parent, len(child.tokens) - 1)
+        else:
+            insort(self.waiting, child, key=_AGE)
+
+    def finish(self, request_id: str, sample_index: int, reason: FinishReason, stop_reason: str | None = None) -> TokenOutput:
+        """End one sample from outside (a stop string, a cancel): its pages are free when the plans that name them retire."""
+        sequence = self._find(request_id, sample_index)
+        sequence.stop_reason = stop_reason
+        return self._finish(sequence, reason)
+
+    def cancel(self, request_id: str) -> list[TokenOutput]:
+        """End all samples of a request; it is in no further plan."""
+        if request_id not in self._requests:
+            raise NotFound(f"request {request_id!r} is not in flight")
+        samples = sorted(self._requests[request_id].values(), key=_AGE, reverse=True)  # children before their parent
+        return [self._finish(s, FinishReason.CANCELLED) for s in samples]
+
+    # Plans
+
+    def schedule(self) -> Plan | None:
+        """The next plan, or None where nothing can advance before a plan in flight retires."""
+        oldest = self._oldest()
+        if oldest is None:
+            return None
+        decodes = [s for s in self.running if s.state is State.DECODE and not s.pending]
+        step = _Step(self._next_plan, self.config.max_num_batched_tokens - len(decodes))
+        prefills = [s for s in self.running if s.state is State.PREFILL]
+        self._was_short, self._short_of_pages = self._short_of_pages, False
+        share = self._prompt_share(step.budget, len(prefills) + len(self.waiting))
+        if oldest.state is State.WAIT:
+            self._admit(oldest, share, step, oldest)
+        elif oldest.state is State.PREFILL:
+            self._plan_chunk(oldest, share, step, oldest)
+        elif not oldest.pending:
+            self._plan_decode(oldest, step, oldest)
+        for sequence in decodes:
+            if sequence.state is State.DECODE and sequence.sequence_id not in step.rows and not sequence.pending:
+                self._plan_decode(sequence, step, oldest)
+        self._plan_prompts(prefills, share, step, oldest)
+        if not step.rows:
+            return None
+        self._write(step)
+        self._in_flight[step.plan.number] = step
+        self._next_plan = PlanNumber(self._next_plan + 1)
+        return step.plan
+
+    def retire(self, result: StepResult) -> list[TokenOutput]:
+        """The oldest plan in flight is over on all ranks: append its tokens, end what ends, give back what waited."""
+        if not self._in_flight or result.number != next(iter(self._in_flight)):
+            raise WrongState(f"plan {result.number} is not the oldest in flight")
+        step = self._in_flight.pop(result.number)
+        for page in step.fresh:
+            self.pool.publish(page)
+        self.pool.retire(result.number)
+        outputs = []
+        scores = iter(result.scores)
+        for sequence, count in step.scored:
+            output = TokenOutput(sequence.request.request_id, sequence.sample_index, None)
+            output.scores = list(islice(scores, count))
+            if sequence.state is not State.DONE:
+                outputs.append(output)
+        for index, (sequence, _) in enumerate(step.samples):
+            sequence.pending = 0
+            if sequence.state is State.DONE:
+                continue
+            if index in result.failed:
+                outputs.append(self._finish(sequence, FinishReason.ERROR, result.failed[index]))
+                continue
+            token = result.tokens[index]
+            sequence.tokens.append(token)
+            reason = sequence.ended_by(token)
+            if reason is None:
+                output = TokenOutput(sequence.request.request_id, sequence.sample_index, token)
+            else:
+                output = self._finish(sequence, reason)
+                output.token = token
+            output.logprobs = result.logprobs.get(index)
+            outputs.append(output)
+        return outputs
+
+    def abandon(self, why: str) -> list[TokenOutput]:
+        """The plans in flight failed: end the sequences in them, forget the pages they were to fill, go on with the rest."""
+        steps = list(self._in_flight.values())
+        self._in_flight.clear()
+        sealed = [page for step in steps for page in step.sealed]
+        for page in reversed(sealed):  # what hangs on a page was sealed after it
+            self.pool.drop(page)
+        hit = {row.sequence.sequence_id: row.sequence for step in steps for row in step.rows.values()}
+        hit |= {sequence.sequence_id: sequence for step in steps for sequence, _ in step.samples}
+        for sequence in hit.values():
+            sequence.pending = 0
+        ended = sorted((s for s in hit.values() if s.state is not State.DONE), key=_AGE, reverse=True)
+        outputs = [self._finish(s, FinishReason.ERROR, why) for s in ended]
+        lost = set(sealed)
+        for sequence in list(self.running):
+            if not lost.isdisjoint(sequence.table.pages):  # it took over a page that never came
+                self._preempt(sequence)
+        for page in (page for step in steps for page in step.fresh):
+            self.pool.publish(page)
+        self.pool.retire(PlanNumber(self._next_plan - 1))
+        return outputs
+
+    def check(self) -> None:
+        """Recount pages and states from scratch (RELIABILITY D3, D5-D8, D10, D21); InvariantBroken says what disagrees."""
+        sequences = self.sequences()
+        self.pool.check([list(s.table) for s in sequences])
+        for sequence in sequences:
+            sequence.table.check()
+            if sequence.table.num_tokens != sequence.num_computed:
+                raise InvariantBroken(f"sequence {sequence.sequence_id}: table and scheduler count different tokens")
+            if (sequence.slot != NO_SLOT) != (sequence.state in (State.PREFILL, State.DECODE)):
+                raise InvariantBroken(f"sequence {sequence.sequence_id}: {sequence.state.value} with slot {sequence.slot}")
+        states = [s for s in sequences if s.state is State.FORK]
+        listed = [*self.waiting, *self.running, *(s for children in self._forks.values() for s in children)]
+        if sorted(map(id, listed)) != sorted(map(id, sequences)) or len(states) != sum(map(len, self._forks.values())):
+            raise InvariantBroken("a sequence is in no list, or in two")
+        slots = [s.slot for s in self.running] + self._free_slots
+        if sorted(slots) != list(range(self.config.max_num_seqs)):
+            raise InvariantBroken("slots are lost or given twice")
+
+    # Admission
+
+    def _refuse(self, request: Request) -> None:
+        """The engine's own check, whatever front end the request came through."""
+        params, length = request.params, len(request.prompt)
+        if request.request_id in self._requests:
+            raise AlreadyExists(f"request_id {request.request_id!r} is in flight; choose another or wait for its end")
+        if len(self.waiting) >= self.config.max_waiting:
+            raise Overloaded(f"the queue is full ({self.config.max_waiting} requests); try again later")
+        if params.max_tokens is None or params.seed is None:
+            raise InvalidRequest("max_tokens", params.max_tokens, "be filled in at admission, like seed")
+        total = length + params.max_tokens
+        if not 0 < length < total <= self.config.max_model_len:
+            raise InvalidRequest("max_tokens", params.max_tokens, f"fit with {length} prompt tokens in {self.config.max_model_len}")
+        if -(-total // self.config.block_size) > self.pool.num_pages:
+            limit = f"fit with {length} prompt tokens in the pool of {self.pool.num_pages} pages (exceeds_pool)"
+            raise InvalidRequest("max_tokens", params.max_tokens, limit, "send less or give the pool more memory")
+
+    def _sequence(self, request: Request, index: int) -> Sequence:
+        table = BlockTable(self.pool, self.config.block_size)
+        sequence = Sequence(self._next_sequence, request, index, (self._arrivals, index), table)
+        sequence.root = root_digest(self._identity, request.cache_salt)
+        self._next_sequence = SequenceId(self._next_sequence + 1)
+        return sequence
+
+    def _find(self, request_id: str, sample_index: int) -> Sequence:
+        sequence = self._requests.get(request_id, {}).get(sample_index)
+        if sequence is None:
+            raise NotFound(f"sample {sample_index} of request {request_id!r} is not in flight")
+        return sequence
+
+    def _oldest(self) -> Sequence | None:
+        heads = [queue[0] for queue in (self.running, self.waiting) if queue]
+        return min(heads, key=_AGE) if heads else None
+
+    def _prompt_share(self, budget: int, candidates: int) -> int:
+        """Tokens that each of the prompts in progress may take: equal parts, whole pages."""
+        size = self.config.block_size
+        parts = max(1, min(candidates, self.config.max_num_partial_prefills))
+        return max(size, budget // parts // size * size)
+
+    def _plan_prompts(self, prefills: list[Sequence], share: int, step: _Step, oldest: Sequence) -> None:
+        turn = step.plan.number % len(prefills) if prefills else 0  # where the budget is short, not always the same go short
+        for sequence in prefills[turn:] + prefills[:turn]:
+            if sequence.state is State.PREFILL and sequence.sequence_id not in step.rows:
+                self._plan_chunk(sequence, share, step, oldest)
+        promised = self._promised()
+        for sequence in self.waiting[:_ADMISSION_SCAN]:
+            if step.budget <= 0 or not self._free_slots:
+                break
+            if sequence is not oldest and not sequence.pending and self._may_enter(sequence, share, step, promised):
+                self._admit(sequence, share, step, oldest)
+                promised = self._promised()
+        for row in list(step.rows.values()):  # what is left of the budget goes to the oldest prompts
+            if step.budget <= 0:
+                break
+            if row.sequence.state is State.PREFILL and not self._match(row.sequence):
+                self._plan_chunk(row.sequence, step.budget, step, oldest)
+
+    def _promised(self) -> tuple[int, int]:
+        """Prompts in progress, and the pages that they still need."""
+        size = self.config.block_size
+        partial = [s for s in self.running if s.state is State.PREFILL]
+        return len(partial), sum(-(-len(s.tokens) // size) - len(s.table) for s in partial)
+
+    def _may_enter(self, sequence: Sequence, share: int, step: _Step, promised: tuple[int, int]) -> bool:
+        """Whether a waiting sequence fits beside the running ones, all prompts in progress and a page for each decode."""
+        matched = self._match(sequence)
+        size = self.config.block_size
+        remaining = len(sequence.tokens) - len(matched) * size
+        if remaining > min(share, step.budget) and promised[0] >= self.config.max_num_partial_prefills:
+            return False
+        order = self.pool.order
+        available = self.pool.num_available - sum(page in order for page in matched)
+        needed = -(-len(sequence.tokens) // size) - len(matched)
+        fits = needed + promised[1] + len(self.running) <= available
+        if fits and sequence.preemptions >= self.config.max_preemptions:
+            fits = self._beyond_preemption(sequence)
+        self._short_of_pages |= not fits
+        return fits
+
+    def _beyond_preemption(self, sequence: Sequence) -> bool:
+        """Whether it and all older sequences fit at their longest: then it never is the youngest when room runs out."""
+        size = self.config.block_size
+        older = [s for s in self.sequences() if s.order <= sequence.order]
+        pages = sum(-(-s.max_length // size) for s in older)
+        return pages <= self.pool.num_pages and len(older) <= self.config.max_num_seqs
+
+    def _admit(self, sequence: Sequence, share: int, step: _Step, oldest: Sequence) -> None:
+        """WAIT -> PREFILL, with a slot, matched pages and a first chunk."""
+        if sequence.pending:
+            return
+        if not self._free_slots:  # only the oldest comes here without a slot
+            self._preempt(self.running[-1])
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_AGE)
+        sequence.slot = self._free_slots.pop()
+        sequence.state = State.PREFILL
+        self._plan_chunk(sequence, share, step, oldest)
+
+    def _match(self, sequence: Sequence) -> list[LogicalPageId]:
+        """Pages in the tree that hold the sequence's next tokens; the last token is always computed, for its logits."""
+        size = self.config.block_size
+        first, last = sequence.num_computed // size, (len(sequence.tokens) - 1) // size
+        scoring = sequence.num_scored < sequence.prompt_length - 1  # prompt logprobs need every row
+        if not self.config.enable_prefix_caching or sequence.num_computed % size or first >= last or scoring:
+            return []
+        extend_digests(sequence.digests, sequence.root, sequence.tokens, size, last)
+        return self.pool.tree.match(islice(sequence.digests, first, last))
+
+    # Rows
+
+    def _plan_decode(self, sequence: Sequence, step: _Step, oldest: Sequence) -> None:
+        table = sequence.table
+        missing = table.missing(1)
+        if missing and not (self._under_cap(sequence, missing, oldest) and self._make_room(sequence, missing, step)):
+            if sequence is oldest and not self._in_flight:
+                self._rewind(sequence)
+                self._plan_chunk(sequence, self.config.block_size, step, oldest)
+            return  # it keeps its pages and waits
+        self._append(sequence, 1, step)
+        step.rows[sequence.sequence_id] = _Row(sequence, sequence.num_computed - 1, 1)
+        sequence.pending = 1
+        step.samples.append((sequence, sequence))
+
+    def _plan_chunk(self, sequence: Sequence, most: int, step: _Step, oldest: Sequence) -> None:
+        """Plan the next `most` prompt tokens (or what fits); behind its row of this plan where there is one."""
+        row = step.rows.get(sequence.sequence_id)
+        table, size = sequence.table, self.config.block_size
+        if row is None and (matched := self._match(sequence)):
+            table.adopt(matched)
+            sequence.num_computed = table.num_tokens
+            sequence.num_sealed = len(table)
+        if sequence.cached_tokens < 0:
+            sequence.cached_tokens = min(sequence.num_computed, sequence.prompt_length)
+        remaining = len(sequence.tokens) - sequence.num_computed
+        count = min(remaining, most, step.budget)
+        if count <= 0:
+            return
+        missing = table.missing(count)
+        if missing and not self._under_cap(sequence, missing, oldest):
+            return
+        if missing and not self._make_room(sequence, missing, step):
+            count = min(count, (len(table) + self.pool.num_available) * size - sequence.num_computed)
+            if count <= 0:
+                return
+        if count < remaining and (sequence.num_computed + count) // size * size > sequence.num_computed:
+            count -= (sequence.num_computed + count) % size  # chunks end at pages, where others can take over
+        if row is None:
+            row = step.rows[sequence.sequence_id] = _Row(sequence, sequence.num_computed, 0)
+        self._append(sequence, count, step)
+        row.count += count
+        step.budget -= count
+        if sequence.num_computed == len(sequence.tokens):
+            sequence.state = State.DECODE
+            sequence.pending = 1
+            step.samples.append((sequence, sequence))
+            self._spread(sequence, step)
+
+    def _append(self, sequence: Sequence, count: int, step: _Step) -> None:
+        """Book `count` tokens of K and V: pages, copies, table changes for the ranks, seals."""
+        table, plan, pool = sequence.table, step.plan, self.pool
+        if sequence.num_sent < 0:
+            self._introduce(sequence, step)
+        before = len(table)
+        copy = table.append(count, plan.number)
+        if copy is not None:
+            plan.copy_source.append(pool.block(copy[0]))
+            plan.copy_target.append(pool.block(copy[1]))
+            step.fresh.append(copy[1])
+            if before <= sequence.num_sent:
+                self._send(sequence, before - 1, plan)
+        for index in sequence.resend:
+            self._send(sequence, index, plan)
+        sequence.resend.clear()
+        for index in range(sequence.num_sent, len(table)):
+            self._send(sequence, index, plan)
+        sequence.num_sent = len(table)
+        step.fresh.extend(map(LogicalPageId, table.pages[before:]))
+        sequence.num_computed += count
+        sequence.last_plan = plan.number
+        if self.config.enable_prefix_caching and sequence.num_computed // self.config.block_size > sequence.num_sealed:
+            self._seal(sequence, step)
+
+    def _seal(self, sequence: Sequence, step: _Step) -> None:
+        """Let others find the pages that this plan fills; where one of equal content is there already, use that."""
+        table, size = sequence.table, self.config.block_size
+        full = sequence.num_computed // size
+        extend_digests(sequence.digests, sequence.root, sequence.tokens, size, full)
+        for index in range(sequence.num_sealed, full):
+            page = LogicalPageId(table.pages[index])
+            parent = LogicalPageId(table.pages[index - 1]) if index else NO_PAGE
+            found = self.pool.seal(page, sequence.digests[index], parent)
+            if found == page:
+                step.sealed.append(page)
+            else:
+                table.swap(index, found, step.plan.number)
+                sequence.resend.append(index)  # this plan still reads and writes its own page
+        sequence.num_sealed = full
+
+    def _send(self, sequence: Sequence, index: int, plan: Plan) -> None:
+        plan.table_slot.append(sequence.slot)
+        plan.table_index.append(index)
+        plan.table_block.append(self.pool.block(LogicalPageId(sequence.table.pages[index])))
+
+    def _introduce(self, sequence: Sequence, step: _Step) -> None:
+        request = sequence.request
+        sequence.num_sent = 0
+        step.plan.admits.append(
+            Admit(
+                slot=sequence.slot,
+                sequence_id=sequence.sequence_id,
+                sample_index=sequence.sample_index,
+                params=request.params,
+                prompt_length=sequence.prompt_length,
+                tokens=array("i", sequence.tokens),
+                eos_token_ids=request.eos_token_ids,
+            )
+        )
+
+    def _spread(self, parent: Sequence, step: _Step) -> None:
+        """The prompt's last chunk is planned: its other samples share its pages and sample from the same row."""
+        for child in self._forks.pop(parent.sequence_id, ()):
+            child.parent = None
+            if not self._free_slots:
+                child.state = State.WAIT
+                insort(self.waiting, child, key=_AGE)
+                continue
+            self._share_table(child, parent, parent.num_computed)
+            self._introduce(child, step)
+            child.pending = 1
+            child.last_plan = step.plan.number
+            step.samples.append((child, parent))
+
+    def _share_table(self, child: Sequence, parent: Sequence, num_tokens: int) -> None:
+        """-> DECODE: the child holds the pages of the parent's first `num_tokens` tokens."""
+        child.table = parent.table.fork(num_tokens)
+        child.num_computed = num_tokens
+        child.cached_tokens = min(num_tokens, child.prompt_length)
+        child.digests = parent.digests[:]
+        child.num_sealed = min(parent.num_sealed, num_tokens // self.config.block_size)
+        child.last_plan = parent.last_plan
+        child.slot = self._free_slots.pop()
+        child.state = State.DECODE
+        insort(self.running, child, key=_AGE)
+
+    def _write(self, step: _Step) -> None:
+        """Rows, samples and scores as arrays."""
+        plan = step.plan
+        ends: dict[SequenceId, int] = {}
+        rows = sorted(step.rows.values(), key=lambda row: len(row.sequence.table.pages))
+        for row in rows:
+            sequence, start, offset = row.sequence, row.start, len(plan.tokens)
+            plan.slots.append(sequence.slot)
+            plan.first_position.append(start)
+            if row.count == 1:
+                plan.tokens.append(sequence.tokens[start])
+            else:
+                plan.tokens.extend(sequence.tokens[start : start + row.count])
+            plan.query_start.append(len(plan.tokens))
+            ends[sequence.sequence_id] = len(plan.tokens) - 1
+            if sequence.num_scored < sequence.prompt_length - 1:
+                self._score(row, offset, step)
+        for sequence, source in step.samples:
+            plan.sample_row.append(ends[source.sequence_id])
+            plan.sample_slot.append(sequence.slot)
+            plan.sample_position.append(len(sequence.tokens))
+
+    def _score(self, row: _Row, offset: int, step: _Step) -> None:
+        sequence = row.sequence
+        first = max(row.start, sequence.num_scored)
+        last = min(row.start + row.count, sequence.prompt_length - 1)
+        for position in range(first, last):
+            step.plan.score_row.append(offset + position - row.start)
+            step.plan.score_slot.append(sequence.slot)
+            step.plan.score_token.append(sequence.tokens[position + 1])
+        if last > first:
+            sequence.num_scored = last
+            step.scored.append((sequence, last - first))
+
+    # Room
+
+    def _under_cap(self, sequence: Sequence, missing: int, oldest: Sequence) -> bool:
+        """The fair share of the pool binds only while others wait for pages, and never on the oldest."""
+        if not self._was_short or sequence is oldest:
+            return True
+        return len(sequence.table) + missing <= self.config.max_pool_share * self.pool.num_pages
+
+    def _make_room(self, sequence: Sequence, needed: int, step: _Step) -> bool:
+        """Preempt younger sequences, youngest first, until `needed` pages are available."""
+        while self.pool.num_available < needed:
+            youngest = self.running[-1]
+            waiting_for_plans = self.pool.num_retiring and self._in_flight
+            named = youngest.last_plan == step.plan.number
+            if waiting_for_plans or youngest.order <= sequence.order or named:
+                self._short_of_pages = True
+                return False
+            self._preempt(youngest)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """-> WAIT: give up all pages; full ones stay in the tree while nobody needs their blocks."""
+        self._leave(sequence)
+        sequence.state = State.WAIT
+        sequence.preemptions += 1
+        self.num_preemptions += 1
+        insort(self.waiting, sequence, key=_AGE)
+
+    def _rewind(self, sequence: Sequence) -> None:
+        """-> PREFILL from the last page boundary: there is no room for a copy of the sealed last page, so it is given up
+        and its tokens are computed again into the block that this frees."""
+        size = self.config.block_size
+        sequence.table.trim(sequence.num_computed // size * size, sequence.last_plan)
+        sequence.num_computed = sequence.table.num_tokens
+        sequence.num_sent = min(sequence.num_sent, len(sequence.table))
+        sequence.state = State.PREFILL
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Give up slot and pages."""
+        sequence.table.free(after=sequence.last_plan)
+        sequence.num_computed = sequence.num_sealed = 0
+        sequence.num_sent = -1
+        sequence.resend.clear()
+        self.running.remove(sequence)
+        self._free_slots.append(sequence.slot)
+        sequence.slot = NO_SLOT
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, failure: str = "") -> TokenOutput:
+        request_id = sequence.request.request_id
+        output = TokenOutput(request_id, sequence.sample_index, None, finish_reason=reason)
+        output.stop_reason, output.failure = sequence.stop_reason, failure
+        output.pages = sequence.table.entries()
+        output.cached_tokens = max(0, sequence.cached_tokens)
+        for child in self._forks.pop(sequence.sequence_id, ()):  # its samples outlive it: they compute the prompt themselves
+            child.state, child.parent = State.WAIT, None
+            insort(self.waiting, child, key=_AGE)
+        if sequence.state is State.WAIT:
+            self.waiting.remove(sequence)
+        elif sequence.state is State.FORK and sequence.parent is not None:
+            siblings = self._forks[sequence.parent.sequence_id]
+            siblings.remove(sequence)
+            if not siblings:
+                del self._forks[sequence.parent.sequence_id]
+        else:
+            self._leave(sequence)
+        sequence.state, sequence.reason, sequence.parent = State.DONE, reason, None
+        samples = self._requests[request_id]
+        del samples[sequence.sample_index]
+        if not samples:
+            del self._requests[request_id]
+        return output
