@@ -4,19 +4,19 @@
                                          ^------- share ------------'
 
 Free blocks are kept in chunks of RUN consecutive ids. A table that grows takes the block behind its last one;
-a new table starts a chunk that nobody uses, while there is one. So tables become runs of consecutive blocks (which kernels
-read faster and transfers move in one piece) without any block being set aside: when only used chunks
+a new table starts a chunk that nobody uses, while there is one. So tables become runs of consecutive blocks (which
+kernels read faster and transfers move in one piece) without any block being set aside: when only used chunks
 have room left, their blocks are taken like any other.
 
-Free in plan order: a plan in flight may still read or write a block that its last user has given up. `free` says which plan
-named it last; the block keeps its state until `retire` of that plan, and a new user may still share it meanwhile.
+Free in plan order: a plan in flight may still read or write a block that its last user has given up. `free` says
+which plan named it last; the block keeps its state until `retire` of that plan, and a new user may still share it
+meanwhile.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable
 from enum import IntEnum
 
 from pagetable.errors import InvariantBroken, OutOfBlocks, StalePage, WrongState

@@ -58,8 +58,8 @@ class BlockTable:
     def append(self, num_tokens: int, after: PlanNumber) -> tuple[LogicalPageId, LogicalPageId] | None:
         """Room for `num_tokens` more tokens, which plan `after` writes.
 
-        Returns (source, target) where the shared last page is to be copied before the plan writes, else None. The copy's source is
-        given up with that plan. Raises OutOfBlocks with nothing changed.
+        Returns (source, target) where the shared last page is to be copied before the plan writes, else None. The
+        copy's source is given up with that plan. Raises OutOfBlocks with nothing changed.
         """
         pool, pages = self.pool, self.pages
         needed = -(-(self.num_tokens + num_tokens) // self.block_size) - len(pages)

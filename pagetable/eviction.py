@@ -1,8 +1,8 @@
 """In which order cached pages are given up.
 
-Least recently used first, and a page never before the pages behind it in its prefix. The second needs no extra work: whoever uses
-a page uses all pages before it too, and tables are freed from their end; so a child always comes to rest before its
-parent, and a queue in order of rest is leaves first.
+Least recently used first, and a page never before the pages behind it in its prefix. The second needs no extra work:
+whoever uses a page uses all pages before it too, and tables are freed from their end; so a child always comes to rest
+before its parent, and a queue in order of rest is leaves first.
 """
 
 from __future__ import annotations

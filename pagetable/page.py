@@ -1,7 +1,7 @@
 """Logical pages: the record of one page over all columns, and the pool that owns them.
 
-A logical page stands for the same tokens in every column (pipeline stage). It is allocated, shared, evicted and freed in all
-columns or in none. Tables hold logical page ids; where the bytes are stands here, once, so that moving a page
+A logical page stands for the same tokens in every column (pipeline stage). It is allocated, shared, evicted and freed
+in all columns or in none. Tables hold logical page ids; where the bytes are stands here, once, so that moving a page
 changes this record and not the tables of its users.
 """
 
@@ -122,8 +122,8 @@ class PagePool:
     def seal(self, page: LogicalPageId, digest: bytes, parent: LogicalPageId) -> LogicalPageId:
         """The page is full and its tokens are committed: let others find it.
 
-        `parent` is the page before it (NO_PAGE for the first), which must be in the tree. Returns `page`, or the page that already
-        holds the same tokens behind the same prefix: the caller then swaps to it and frees its own.
+        `parent` is the page before it (NO_PAGE for the first), which must be in the tree. Returns `page`, or the page
+        that already holds the same tokens behind the same prefix: the caller then swaps to it and frees its own.
         """
         found = self.tree.find(digest)
         if found != NO_PAGE:
@@ -192,7 +192,9 @@ class PagePool:
             for column, refs in zip(self.columns, self._refs, strict=True):
                 ref = PageRef(refs[page])
                 if column.users(ref) != users.get(page, 0):
-                    raise InvariantBroken(f"page {page}: {column.users(ref)} users in the books, {users.get(page, 0)} tables")
+                    raise InvariantBroken(
+                        f"page {page}: {column.users(ref)} users in the books, {users.get(page, 0)} tables"
+                    )
                 states.add(column.state(block_of(ref)))
             if len(states) != 1:
                 raise InvariantBroken(f"page {page} is in different states in different columns")

@@ -3,9 +3,9 @@
     root = H(identity, salt)          identity: whatever else decides K and V (model revision, dtype, adapter)
     link = H(parent link, tokens)     one full page of int32 token ids
 
-Two sequences share a page only where their whole prefix, identity and salt are equal, so one dictionary is the tree. A page is in the
-tree from the plan that fills it: every layer writes all K and V before any query attends, so a follower in the same
-plan may already read it.
+Two sequences share a page only where their whole prefix, identity and salt are equal, so one dictionary is the tree.
+A page is in the tree from the plan that fills it: every layer writes all K and V before any query attends, so a
+follower in the same plan may already read it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """A shard in a simulator: the real scheduler over a fake two-stage device whose tokens depend on every byte read.
 
-The fake device runs plans as a pipeline of two stages, each with its own pool: stage 0 when a plan is submitted, stage 1 when it
-retires, so plan n + 1 has begun before plan n ends. What a position writes is a hash of all that it read before, in both stages; the
-next token is a hash of that. So a page that is stale, swapped, half-written or of another sequence becomes a wrong token, which the
-unpaged `Reference` finds at once. A block that is handed out is scribbled over at that moment, as an incoming transfer
+The fake device runs plans as a pipeline of two stages, each with its own pool: stage 0 when a plan is submitted,
+stage 1 when it retires, so plan n + 1 has begun before plan n ends. What a position writes is a hash of all that it
+read before, in both stages; the next token is a hash of that. So a page that is stale, swapped, half-written or of
+another sequence becomes a wrong token, which the unpaged `Reference` finds at once. A block that is handed out is
+scribbled over at that moment, as an incoming transfer
 would: whoever still reads it by an older plan reads garbage.
 """
 
@@ -327,7 +328,9 @@ class Simulation:
         room = self.config.max_model_len - parent.prompt_length
         if len(emitted) + 1 > room:
             return
-        params = SamplingParams(seed=self.rng.randrange(1 << 40), max_tokens=self.rng.randrange(len(emitted) + 1, room + 1))
+        params = SamplingParams(
+            seed=self.rng.randrange(1 << 40), max_tokens=self.rng.randrange(len(emitted) + 1, room + 1)
+        )
         self.names += 1
         request = Request(f"f{self.names}", parent.request.prompt, params, (EOS,), parent.request.cache_salt)
         try:
@@ -348,7 +351,9 @@ class Simulation:
     def check_chain(self, sequence: Sequence) -> None:
         """Sealed pages of a table stand in the tree under the digest of exactly this sequence's tokens (D8, D9)."""
         size, salt = self.config.block_size, sequence.request.cache_salt
-        digest = sha256(b"quire root\0" + len(b"simulated").to_bytes(8, "little") + b"simulated" + salt.encode()).digest()
+        digest = sha256(
+            b"quire root\0" + len(b"simulated").to_bytes(8, "little") + b"simulated" + salt.encode()
+        ).digest()
         for index, page in enumerate(list(sequence.table)[: sequence.num_sealed]):
             digest = sha256(digest + array("i", sequence.tokens[index * size : (index + 1) * size]).tobytes()).digest()
             assert self.pool.tree.digest(page) == digest, "a page is found under another content's digest"

@@ -44,7 +44,9 @@ class Loop:
         """Go on with a running sample's tokens as `request`, which shares its pages. See ShardScheduler.fork."""
         self.scheduler.fork(request_id, sample_index, request)
 
-    def finish(self, request_id: str, sample_index: int, reason: FinishReason, stop_reason: str | None = None) -> TokenOutput:
+    def finish(
+        self, request_id: str, sample_index: int, reason: FinishReason, stop_reason: str | None = None
+    ) -> TokenOutput:
         """End one sample now (a stop string was seen)."""
         return self.scheduler.finish(request_id, sample_index, reason, stop_reason)
 

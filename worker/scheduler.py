@@ -4,10 +4,12 @@
       ^---------------- preempt ----------------------|
     FORK --the parent's last prompt chunk is planned--> DECODE       (no slot left: --> WAIT)
 
-`schedule` makes the next plan and books its effects at once (tokens computed, pages filled and findable); `retire` takes the plan's
-result. Several plans may be in flight; a sequence that awaits its token sits out. Promises, in this order:
+`schedule` makes the next plan and books its effects at once (tokens computed, pages filled and findable); `retire`
+takes the plan's result. Several plans may be in flight; a sequence that awaits its token sits out. Promises, in this
+order:
 
-1. The oldest unfinished sequence advances in every plan; for it, and only by older ones, younger sequences are preempted.
+1. The oldest unfinished sequence advances in every plan; for it, and only by older ones, younger sequences are
+preempted.
 2. Every running decode is in every plan; prompts share what is left of the token budget in equal parts.
 3. A sequence preempted `max_preemptions` times comes back only when it can no longer be a victim.
 
@@ -22,39 +24,25 @@ from itertools import islice
 from operator import attrgetter
 
 from pagetable.block_table import BlockTable
-from pagetable.errors import AlreadyExists, InvalidRequest, InvariantBroken, NotFound, OutOfBlocks, Overloaded, WrongState
+from pagetable.errors import (
+    AlreadyExists,
+    InvalidRequest,
+    InvariantBroken,
+    NotFound,
+    Overloaded,
+    WrongState,
+)
 from pagetable.ids import LogicalPageId, PlanNumber, SequenceId
 from pagetable.page import PagePool
-from pagetable.prefix_tree import NO_PAGE, extend_digests, root_digest
+from pagetable.prefix_tree import extend_digests, root_digest
 from pagetable.sampling import Request
 from worker.config import ShardConfig
-from worker.plan import Admit, Plan, StepResult
+from worker.plan import Plan, StepResult
 from worker.sequence import NO_SLOT, FinishReason, Sequence, State, TokenOutput
+from worker.step import Step
 
 _ADMISSION_SCAN = 32  # waiting sequences looked at per step: a big one at the head does not hold up small ones
 _AGE = attrgetter("order")
-
-
-class _Row:
-    """A sequence's share of the plan in the making: tokens start .. start + count."""
-
-    __slots__ = ("count", "sequence", "start")
-
-    def __init__(self, sequence: Sequence, start: int, count: int) -> None:
-        self.sequence, self.start, self.count = sequence, start, count
-
-
-class _Step:
-    """The plan in the making, and what its retirement needs."""
-
-    def __init__(self, number: PlanNumber, budget: int) -> None:
-        self.plan = Plan(number)
-        self.budget = budget  # prompt tokens that the plan may still take
-        self.rows: dict[SequenceId, _Row] = {}
-        self.samples: list[tuple[Sequence, Sequence]] = []  # who samples, and from whose row
-        self.scored: list[tuple[Sequence, int]] = []
-        self.fresh: list[LogicalPageId] = []  # pages that this plan is the first to write
-        self.sealed: list[LogicalPageId] = []  # pages that others find because this plan fills them
 
 
 class ShardScheduler:
@@ -76,7 +64,7 @@ class ShardScheduler:
         self._requests: dict[str, dict[int, Sequence]] = {}  # unfinished, by request id and sample index
         self._forks: dict[SequenceId, list[Sequence]] = {}  # FORK sequences by parent
         self._free_slots = list(reversed(range(config.max_num_seqs)))
-        self._in_flight: dict[PlanNumber, _Step] = {}
+        self._in_flight: dict[PlanNumber, Step] = {}
         self._next_plan = PlanNumber(1)
         self._next_sequence = SequenceId(1)
         self._arrivals = 0
@@ -92,6 +80,17 @@ class ShardScheduler:
     @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting)
+
+    def request(self, request_id: str) -> Request:
+        """An unfinished request as admitted. Raises NotFound."""
+        samples = self._requests.get(request_id)
+        if not samples:
+            raise NotFound(f"request {request_id!r} is not in flight")
+        return next(iter(samples.values())).request
 
     def sequences(self) -> list[Sequence]:
         """All unfinished sequences, oldest first."""
@@ -121,7 +120,9 @@ class ShardScheduler:
         if request.params.n != 1 or request.prompt != parent.request.prompt:
             raise InvalidRequest("n", request.params.n, "be 1 in a fork, whose prompt is the forked one's")
         if parent.num_outputs >= (request.params.max_tokens or 0):
-            raise InvalidRequest("max_tokens", request.params.max_tokens, f"be above the {parent.num_outputs} emitted so far")
+            raise InvalidRequest(
+                "max_tokens", request.params.max_tokens, f"be above the {parent.num_outputs} emitted so far"
+            )
         self._refuse(request)
         child = self._sequence(request, 0)
         self._arrivals += 1
@@ -133,8 +134,11 @@ class ShardScheduler:
         else:
             insort(self.waiting, child, key=_AGE)
 
-    def finish(self, request_id: str, sample_index: int, reason: FinishReason, stop_reason: str | None = None) -> TokenOutput:
-        """End one sample from outside (a stop string, a cancel): its pages are free when the plans that name them retire."""
+    def finish(
+        self, request_id: str, sample_index: int, reason: FinishReason, stop_reason: str | None = None
+    ) -> TokenOutput:
+        """End one sample from outside (a stop string, a cancel): its pages are free when the plans that name them
+        retire."""
         sequence = self._find(request_id, sample_index)
         sequence.stop_reason = stop_reason
         return self._finish(sequence, reason)
@@ -154,23 +158,23 @@ class ShardScheduler:
         if oldest is None:
             return None
         decodes = [s for s in self.running if s.state is State.DECODE and not s.pending]
-        step = _Step(self._next_plan, self.config.max_num_batched_tokens - len(decodes))
+        step = Step(self._next_plan, self.config.max_num_batched_tokens - len(decodes), oldest, self.config, self.pool)
         prefills = [s for s in self.running if s.state is State.PREFILL]
         self._was_short, self._short_of_pages = self._short_of_pages, False
         share = self._prompt_share(step.budget, len(prefills) + len(self.waiting))
         if oldest.state is State.WAIT:
-            self._admit(oldest, share, step, oldest)
+            self._admit(oldest, share, step)
         elif oldest.state is State.PREFILL:
-            self._plan_chunk(oldest, share, step, oldest)
+            self._plan_chunk(oldest, share, step)
         elif not oldest.pending:
-            self._plan_decode(oldest, step, oldest)
+            self._plan_decode(oldest, step)
         for sequence in decodes:
             if sequence.state is State.DECODE and sequence.sequence_id not in step.rows and not sequence.pending:
-                self._plan_decode(sequence, step, oldest)
-        self._plan_prompts(prefills, share, step, oldest)
+                self._plan_decode(sequence, step)
+        self._plan_prompts(prefills, share, step)
         if not step.rows:
             return None
-        self._write(step)
+        step.write()
         self._in_flight[step.plan.number] = step
         self._next_plan = PlanNumber(self._next_plan + 1)
         return step.plan
@@ -210,7 +214,8 @@ class ShardScheduler:
         return outputs
 
     def abandon(self, why: str) -> list[TokenOutput]:
-        """The plans in flight failed: end the sequences in them, forget the pages they were to fill, go on with the rest."""
+        """The plans in flight failed: end the sequences in them, forget the pages they were to fill, go on with the
+        rest."""
         steps = list(self._in_flight.values())
         self._in_flight.clear()
         sealed = [page for step in steps for page in step.sealed]
@@ -232,7 +237,8 @@ class ShardScheduler:
         return outputs
 
     def check(self) -> None:
-        """Recount pages and states from scratch (RELIABILITY D3, D5-D8, D10, D21); InvariantBroken says what disagrees."""
+        """Recount pages and states from scratch (RELIABILITY D3, D5-D8, D10, D21); InvariantBroken says what
+        disagrees."""
         sequences = self.sequences()
         self.pool.check([list(s.table) for s in sequences])
         for sequence in sequences:
@@ -240,7 +246,9 @@ class ShardScheduler:
             if sequence.table.num_tokens != sequence.num_computed:
                 raise InvariantBroken(f"sequence {sequence.sequence_id}: table and scheduler count different tokens")
             if (sequence.slot != NO_SLOT) != (sequence.state in (State.PREFILL, State.DECODE)):
-                raise InvariantBroken(f"sequence {sequence.sequence_id}: {sequence.state.value} with slot {sequence.slot}")
+                raise InvariantBroken(
+                    f"sequence {sequence.sequence_id}: {sequence.state.value} with slot {sequence.slot}"
+                )
         states = [s for s in sequences if s.state is State.FORK]
         listed = [*self.waiting, *self.running, *(s for children in self._forks.values() for s in children)]
         if sorted(map(id, listed)) != sorted(map(id, sequences)) or len(states) != sum(map(len, self._forks.values())):
@@ -262,7 +270,9 @@ class ShardScheduler:
             raise InvalidRequest("max_tokens", params.max_tokens, "be filled in at admission, like seed")
         total = length + params.max_tokens
         if not 0 < length < total <= self.config.max_model_len:
-            raise InvalidRequest("max_tokens", params.max_tokens, f"fit with {length} prompt tokens in {self.config.max_model_len}")
+            raise InvalidRequest(
+                "max_tokens", params.max_tokens, f"fit with {length} prompt tokens in {self.config.max_model_len}"
+            )
         if -(-total // self.config.block_size) > self.pool.num_pages:
             limit = f"fit with {length} prompt tokens in the pool of {self.pool.num_pages} pages (exceeds_pool)"
             raise InvalidRequest("max_tokens", params.max_tokens, limit, "send less or give the pool more memory")
@@ -290,23 +300,29 @@ class ShardScheduler:
         parts = max(1, min(candidates, self.config.max_num_partial_prefills))
         return max(size, budget // parts // size * size)
 
-    def _plan_prompts(self, prefills: list[Sequence], share: int, step: _Step, oldest: Sequence) -> None:
-        turn = step.plan.number % len(prefills) if prefills else 0  # where the budget is short, not always the same go short
+    def _plan_prompts(self, prefills: list[Sequence], share: int, step: Step) -> None:
+        turn = (
+            step.plan.number % len(prefills) if prefills else 0
+        )  # where the budget is short, not always the same go short
         for sequence in prefills[turn:] + prefills[:turn]:
             if sequence.state is State.PREFILL and sequence.sequence_id not in step.rows:
-                self._plan_chunk(sequence, share, step, oldest)
+                self._plan_chunk(sequence, share, step)
         promised = self._promised()
         for sequence in self.waiting[:_ADMISSION_SCAN]:
             if step.budget <= 0 or not self._free_slots:
                 break
-            if sequence is not oldest and not sequence.pending and self._may_enter(sequence, share, step, promised):
-                self._admit(sequence, share, step, oldest)
+            if (
+                sequence is not step.oldest
+                and not sequence.pending
+                and self._may_enter(sequence, share, step, promised)
+            ):
+                self._admit(sequence, share, step)
                 promised = self._promised()
         for row in list(step.rows.values()):  # what is left of the budget goes to the oldest prompts
             if step.budget <= 0:
                 break
             if row.sequence.state is State.PREFILL and not self._match(row.sequence):
-                self._plan_chunk(row.sequence, step.budget, step, oldest)
+                self._plan_chunk(row.sequence, step.budget, step)
 
     def _promised(self) -> tuple[int, int]:
         """Prompts in progress, and the pages that they still need."""
@@ -314,8 +330,9 @@ class ShardScheduler:
         partial = [s for s in self.running if s.state is State.PREFILL]
         return len(partial), sum(-(-len(s.tokens) // size) - len(s.table) for s in partial)
 
-    def _may_enter(self, sequence: Sequence, share: int, step: _Step, promised: tuple[int, int]) -> bool:
-        """Whether a waiting sequence fits beside the running ones, all prompts in progress and a page for each decode."""
+    def _may_enter(self, sequence: Sequence, share: int, step: Step, promised: tuple[int, int]) -> bool:
+        """Whether a waiting sequence fits beside the running ones, all prompts in progress and a page for each
+        decode."""
         matched = self._match(sequence)
         size = self.config.block_size
         remaining = len(sequence.tokens) - len(matched) * size
@@ -337,7 +354,7 @@ class ShardScheduler:
         pages = sum(-(-s.max_length // size) for s in older)
         return pages <= self.pool.num_pages and len(older) <= self.config.max_num_seqs
 
-    def _admit(self, sequence: Sequence, share: int, step: _Step, oldest: Sequence) -> None:
+    def _admit(self, sequence: Sequence, share: int, step: Step) -> None:
         """WAIT -> PREFILL, with a slot, matched pages and a first chunk."""
         if sequence.pending:
             return
@@ -347,7 +364,7 @@ class ShardScheduler:
         insort(self.running, sequence, key=_AGE)
         sequence.slot = self._free_slots.pop()
         sequence.state = State.PREFILL
-        self._plan_chunk(sequence, share, step, oldest)
+        self._plan_chunk(sequence, share, step)
 
     def _match(self, sequence: Sequence) -> list[LogicalPageId]:
         """Pages in the tree that hold the sequence's next tokens; the last token is always computed, for its logits."""
@@ -361,24 +378,21 @@ class ShardScheduler:
 
     # Rows
 
-    def _plan_decode(self, sequence: Sequence, step: _Step, oldest: Sequence) -> None:
+    def _plan_decode(self, sequence: Sequence, step: Step) -> None:
         table = sequence.table
         missing = table.missing(1)
-        if missing and not (self._under_cap(sequence, missing, oldest) and self._make_room(sequence, missing, step)):
-            if sequence is oldest and not self._in_flight:
+        if missing and not (self._under_cap(sequence, missing, step) and self._make_room(sequence, missing, step)):
+            if sequence is step.oldest and not self._in_flight:
                 self._rewind(sequence)
-                self._plan_chunk(sequence, self.config.block_size, step, oldest)
+                self._plan_chunk(sequence, self.config.block_size, step)
             return  # it keeps its pages and waits
-        self._append(sequence, 1, step)
-        step.rows[sequence.sequence_id] = _Row(sequence, sequence.num_computed - 1, 1)
-        sequence.pending = 1
-        step.samples.append((sequence, sequence))
+        step.append(sequence, 1)
+        step.sample(sequence, sequence)
 
-    def _plan_chunk(self, sequence: Sequence, most: int, step: _Step, oldest: Sequence) -> None:
+    def _plan_chunk(self, sequence: Sequence, most: int, step: Step) -> None:
         """Plan the next `most` prompt tokens (or what fits); behind its row of this plan where there is one."""
-        row = step.rows.get(sequence.sequence_id)
         table, size = sequence.table, self.config.block_size
-        if row is None and (matched := self._match(sequence)):
+        if sequence.sequence_id not in step.rows and (matched := self._match(sequence)):
             table.adopt(matched)
             sequence.num_computed = table.num_tokens
             sequence.num_sealed = len(table)
@@ -389,7 +403,7 @@ class ShardScheduler:
         if count <= 0:
             return
         missing = table.missing(count)
-        if missing and not self._under_cap(sequence, missing, oldest):
+        if missing and not self._under_cap(sequence, missing, step):
             return
         if missing and not self._make_room(sequence, missing, step):
             count = min(count, (len(table) + self.pool.num_available) * size - sequence.num_computed)
@@ -397,79 +411,14 @@ class ShardScheduler:
                 return
         if count < remaining and (sequence.num_computed + count) // size * size > sequence.num_computed:
             count -= (sequence.num_computed + count) % size  # chunks end at pages, where others can take over
-        if row is None:
-            row = step.rows[sequence.sequence_id] = _Row(sequence, sequence.num_computed, 0)
-        self._append(sequence, count, step)
-        row.count += count
+        step.append(sequence, count)
         step.budget -= count
         if sequence.num_computed == len(sequence.tokens):
             sequence.state = State.DECODE
-            sequence.pending = 1
-            step.samples.append((sequence, sequence))
+            step.sample(sequence, sequence)
             self._spread(sequence, step)
 
-    def _append(self, sequence: Sequence, count: int, step: _Step) -> None:
-        """Book `count` tokens of K and V: pages, copies, table changes for the ranks, seals."""
-        table, plan, pool = sequence.table, step.plan, self.pool
-        if sequence.num_sent < 0:
-            self._introduce(sequence, step)
-        before = len(table)
-        copy = table.append(count, plan.number)
-        if copy is not None:
-            plan.copy_source.append(pool.block(copy[0]))
-            plan.copy_target.append(pool.block(copy[1]))
-            step.fresh.append(copy[1])
-            if before <= sequence.num_sent:
-                self._send(sequence, before - 1, plan)
-        for index in sequence.resend:
-            self._send(sequence, index, plan)
-        sequence.resend.clear()
-        for index in range(sequence.num_sent, len(table)):
-            self._send(sequence, index, plan)
-        sequence.num_sent = len(table)
-        step.fresh.extend(map(LogicalPageId, table.pages[before:]))
-        sequence.num_computed += count
-        sequence.last_plan = plan.number
-        if self.config.enable_prefix_caching and sequence.num_computed // self.config.block_size > sequence.num_sealed:
-            self._seal(sequence, step)
-
-    def _seal(self, sequence: Sequence, step: _Step) -> None:
-        """Let others find the pages that this plan fills; where one of equal content is there already, use that."""
-        table, size = sequence.table, self.config.block_size
-        full = sequence.num_computed // size
-        extend_digests(sequence.digests, sequence.root, sequence.tokens, size, full)
-        for index in range(sequence.num_sealed, full):
-            page = LogicalPageId(table.pages[index])
-            parent = LogicalPageId(table.pages[index - 1]) if index else NO_PAGE
-            found = self.pool.seal(page, sequence.digests[index], parent)
-            if found == page:
-                step.sealed.append(page)
-            else:
-                table.swap(index, found, step.plan.number)
-                sequence.resend.append(index)  # this plan still reads and writes its own page
-        sequence.num_sealed = full
-
-    def _send(self, sequence: Sequence, index: int, plan: Plan) -> None:
-        plan.table_slot.append(sequence.slot)
-        plan.table_index.append(index)
-        plan.table_block.append(self.pool.block(LogicalPageId(sequence.table.pages[index])))
-
-    def _introduce(self, sequence: Sequence, step: _Step) -> None:
-        request = sequence.request
-        sequence.num_sent = 0
-        step.plan.admits.append(
-            Admit(
-                slot=sequence.slot,
-                sequence_id=sequence.sequence_id,
-                sample_index=sequence.sample_index,
-                params=request.params,
-                prompt_length=sequence.prompt_length,
-                tokens=array("i", sequence.tokens),
-                eos_token_ids=request.eos_token_ids,
-            )
-        )
-
-    def _spread(self, parent: Sequence, step: _Step) -> None:
+    def _spread(self, parent: Sequence, step: Step) -> None:
         """The prompt's last chunk is planned: its other samples share its pages and sample from the same row."""
         for child in self._forks.pop(parent.sequence_id, ()):
             child.parent = None
@@ -478,10 +427,8 @@ class ShardScheduler:
                 insort(self.waiting, child, key=_AGE)
                 continue
             self._share_table(child, parent, parent.num_computed)
-            self._introduce(child, step)
-            child.pending = 1
-            child.last_plan = step.plan.number
-            step.samples.append((child, parent))
+            step.introduce(child)
+            step.sample(child, parent)
 
     def _share_table(self, child: Sequence, parent: Sequence, num_tokens: int) -> None:
         """-> DECODE: the child holds the pages of the parent's first `num_tokens` tokens."""
@@ -495,55 +442,20 @@ class ShardScheduler:
         child.state = State.DECODE
         insort(self.running, child, key=_AGE)
 
-    def _write(self, step: _Step) -> None:
-        """Rows, samples and scores as arrays."""
-        plan = step.plan
-        ends: dict[SequenceId, int] = {}
-        rows = sorted(step.rows.values(), key=lambda row: len(row.sequence.table.pages))
-        for row in rows:
-            sequence, start, offset = row.sequence, row.start, len(plan.tokens)
-            plan.slots.append(sequence.slot)
-            plan.first_position.append(start)
-            if row.count == 1:
-                plan.tokens.append(sequence.tokens[start])
-            else:
-                plan.tokens.extend(sequence.tokens[start : start + row.count])
-            plan.query_start.append(len(plan.tokens))
-            ends[sequence.sequence_id] = len(plan.tokens) - 1
-            if sequence.num_scored < sequence.prompt_length - 1:
-                self._score(row, offset, step)
-        for sequence, source in step.samples:
-            plan.sample_row.append(ends[source.sequence_id])
-            plan.sample_slot.append(sequence.slot)
-            plan.sample_position.append(len(sequence.tokens))
-
-    def _score(self, row: _Row, offset: int, step: _Step) -> None:
-        sequence = row.sequence
-        first = max(row.start, sequence.num_scored)
-        last = min(row.start + row.count, sequence.prompt_length - 1)
-        for position in range(first, last):
-            step.plan.score_row.append(offset + position - row.start)
-            step.plan.score_slot.append(sequence.slot)
-            step.plan.score_token.append(sequence.tokens[position + 1])
-        if last > first:
-            sequence.num_scored = last
-            step.scored.append((sequence, last - first))
-
     # Room
 
-    def _under_cap(self, sequence: Sequence, missing: int, oldest: Sequence) -> bool:
+    def _under_cap(self, sequence: Sequence, missing: int, step: Step) -> bool:
         """The fair share of the pool binds only while others wait for pages, and never on the oldest."""
-        if not self._was_short or sequence is oldest:
+        if not self._was_short or sequence is step.oldest:
             return True
         return len(sequence.table) + missing <= self.config.max_pool_share * self.pool.num_pages
 
-    def _make_room(self, sequence: Sequence, needed: int, step: _Step) -> bool:
+    def _make_room(self, sequence: Sequence, needed: int, step: Step) -> bool:
         """Preempt younger sequences, youngest first, until `needed` pages are available."""
         while self.pool.num_available < needed:
             youngest = self.running[-1]
             waiting_for_plans = self.pool.num_retiring and self._in_flight
-            named = youngest.last_plan == step.plan.number
-            if waiting_for_plans or youngest.order <= sequence.order or named:
+            if waiting_for_plans or youngest.order <= sequence.order or step.names(youngest):
                 self._short_of_pages = True
                 return False
             self._preempt(youngest)
@@ -558,8 +470,8 @@ class ShardScheduler:
         insort(self.waiting, sequence, key=_AGE)
 
     def _rewind(self, sequence: Sequence) -> None:
-        """-> PREFILL from the last page boundary: there is no room for a copy of the sealed last page, so it is given up
-        and its tokens are computed again into the block that this frees."""
+        """-> PREFILL from the last page boundary: there is no room for a copy of the sealed last page, so it is given
+        up and its tokens are computed again into the block that this frees."""
         size = self.config.block_size
         sequence.table.trim(sequence.num_computed // size * size, sequence.last_plan)
         sequence.num_computed = sequence.table.num_tokens
@@ -582,7 +494,9 @@ class ShardScheduler:
         output.stop_reason, output.failure = sequence.stop_reason, failure
         output.pages = sequence.table.entries()
         output.cached_tokens = max(0, sequence.cached_tokens)
-        for child in self._forks.pop(sequence.sequence_id, ()):  # its samples outlive it: they compute the prompt themselves
+        for child in self._forks.pop(
+            sequence.sequence_id, ()
+        ):  # its samples outlive it: they compute the prompt themselves
             child.state, child.parent = State.WAIT, None
             insort(self.waiting, child, key=_AGE)
         if sequence.state is State.WAIT:

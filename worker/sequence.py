@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from enum import Enum
+from enum import Enum, StrEnum
 
 from pagetable.block_table import BlockTable
 from pagetable.ids import BlockId, DeviceId, PlanNumber, SequenceId
@@ -26,7 +26,7 @@ class State(Enum):
     DONE = "done"
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     STOP = "stop"  # an end-of-sequence or stop token, or a stop string
     LENGTH = "length"
     CANCELLED = "cancelled"

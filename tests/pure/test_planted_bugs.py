@@ -10,6 +10,7 @@ from itertools import islice
 import pytest
 
 import worker.scheduler
+import worker.step
 from pagetable.allocator import NO_PLAN, BlockAllocator
 from pagetable.block_table import BlockTable
 from pagetable.eviction import LruOrder
@@ -17,9 +18,9 @@ from pagetable.ids import LogicalPageId, PageRef, PlanNumber
 from pagetable.page import PagePool
 from pagetable.prefix_tree import NO_PAGE
 from tests.simulation import Simulation
-from worker.plan import Plan
 from worker.scheduler import ShardScheduler
 from worker.sequence import FinishReason, Sequence
+from worker.step import Step
 
 Patch = pytest.MonkeyPatch
 BUGS: dict[str, Callable[[Patch], None]] = {}
@@ -80,13 +81,13 @@ def no_copy_on_write(patch: Patch) -> None:
 
 @bug
 def copies_in_the_books_only(patch: Patch) -> None:
-    send = ShardScheduler._send
+    send = Step._send
 
-    def forget(self: ShardScheduler, sequence: Sequence, index: int, plan: Plan) -> None:
+    def forget(self: Step, sequence: Sequence, index: int) -> None:
         if index >= sequence.num_sent:
-            send(self, sequence, index, plan)
+            send(self, sequence, index)
 
-    patch.setattr(ShardScheduler, "_send", forget)
+    patch.setattr(Step, "_send", forget)
 
 
 @bug
@@ -101,6 +102,7 @@ def digest_without_its_parent(patch: Patch) -> None:
             digests.append(sha256(root + tokens[index * size : (index + 1) * size].tobytes()).digest())
 
     patch.setattr(worker.scheduler, "extend_digests", alone)
+    patch.setattr(worker.step, "extend_digests", alone)
 
 
 @bug
@@ -133,23 +135,18 @@ def shared_without_counting(patch: Patch) -> None:
 
 
 @bug
-def sealed_a_page_early(patch: Patch) -> None:
-    seal = ShardScheduler._seal
+def sealed_before_it_is_full(patch: Patch) -> None:
+    append = Step.append
 
-    def early(self: ShardScheduler, sequence: Sequence, step: object) -> None:
-        computed = sequence.num_computed
-        if len(sequence.table) * self.config.block_size <= len(sequence.tokens):
-            sequence.num_computed = len(sequence.table) * self.config.block_size
-        seal(self, sequence, step)  # type: ignore[arg-type]
-        sequence.num_computed = computed
+    def early(self: Step, sequence: Sequence, count: int) -> None:
+        append(self, sequence, count)
+        whole = len(sequence.table) * self._config.block_size
+        if self._config.enable_prefix_caching and sequence.num_computed < whole <= len(sequence.tokens):
+            computed, sequence.num_computed = sequence.num_computed, whole
+            self._seal(sequence)
+            sequence.num_computed = computed
 
-    def always(self: ShardScheduler, sequence: Sequence, count: int, step: object) -> None:
-        append(self, sequence, count, step)  # type: ignore[arg-type]
-        if self.config.enable_prefix_caching:
-            early(self, sequence, step)
-
-    append = ShardScheduler._append
-    patch.setattr(ShardScheduler, "_append", always)
+    patch.setattr(Step, "append", early)
 
 
 @bug
@@ -160,13 +157,13 @@ def victim_is_the_oldest(patch: Patch) -> None:
 
 @bug
 def swapped_page_not_sent(patch: Patch) -> None:
-    seal = ShardScheduler._seal
+    seal = Step._seal
 
-    def silent(self: ShardScheduler, sequence: Sequence, step: object) -> None:
-        seal(self, sequence, step)  # type: ignore[arg-type]
+    def silent(self: Step, sequence: Sequence) -> None:
+        seal(self, sequence)
         sequence.resend.clear()
 
-    patch.setattr(ShardScheduler, "_seal", silent)
+    patch.setattr(Step, "_seal", silent)
 
 
 @bug
@@ -184,14 +181,14 @@ def slot_given_twice(patch: Patch) -> None:
 
 @bug
 def samples_share_one_random_number(patch: Patch) -> None:
-    introduce = ShardScheduler._introduce
+    introduce = Step.introduce
 
-    def merged(self: ShardScheduler, sequence: Sequence, step: object) -> None:
+    def merged(self: Step, sequence: Sequence) -> None:
         index, sequence.sample_index = sequence.sample_index, 0
-        introduce(self, sequence, step)  # type: ignore[arg-type]
+        introduce(self, sequence)
         sequence.sample_index = index
 
-    patch.setattr(ShardScheduler, "_introduce", merged)
+    patch.setattr(Step, "introduce", merged)
 
 
 @bug
@@ -203,7 +200,11 @@ def preempted_without_limit(patch: Patch) -> None:
 def parent_lost_at_eviction(patch: Patch) -> None:
     seal = PagePool.seal
     patch.setattr(PagePool, "seal", lambda self, page, digest, parent: seal(self, page, digest, NO_PAGE))
-    patch.setattr(LruOrder, "add", lambda self, page: (self._pages.update({page: None}), self._pages.move_to_end(page, last=False))[0])
+    patch.setattr(
+        LruOrder,
+        "add",
+        lambda self, page: (self._pages.update({page: None}), self._pages.move_to_end(page, last=False))[0],
+    )
 
 
 def run(seed: int, steps: int = 100) -> None:
@@ -216,7 +217,7 @@ def run(seed: int, steps: int = 100) -> None:
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bug_is_found(name: str, monkeypatch: Patch) -> None:
     BUGS[name](monkeypatch)
-    with pytest.raises(Exception) as found:  # noqa: PT011 - whatever the bug breaks first
+    with pytest.raises(Exception) as found:
         for seed in range(60):
             run(seed)
     assert not isinstance(found.value, (TypeError, NameError)), "the bug itself is broken"

@@ -1,0 +1,1 @@
+"""Kernels over paged keys and values. `kernels.ops` is the contract; everything else stands behind it."""

@@ -1,0 +1,220 @@
+"""The native CPU backend: C++ in `csrc/`, built by setup.py into `_native.so`, called through ctypes.
+
+torch is imported before the library, so that both share torch's OpenMP runtime and its pool of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from kernels.ops import Mask, PageList
+
+LIBRARY = Path(__file__).with_name("_native.so")
+CURE = "install a C++ compiler (g++ or clang++ with OpenMP) and install Quire again"
+LEVELS = ("plain", "avx2", "avx512")
+NAMES = {"plain": "cpu-plain", "avx2": "cpu-avx2", "avx512": "cpu-avx512bf16"}
+MESSAGE_BYTES = 200
+
+
+class _Pool(ctypes.Structure):
+    """`quire::Pool` in csrc/call.h."""
+
+    _fields_ = [("base", ctypes.c_void_p), ("block_stride", ctypes.c_int64), ("num_blocks", ctypes.c_int64)]
+
+
+class _Call(ctypes.Structure):
+    """`quire::Call` in csrc/call.h."""
+
+    _fields_ = [
+        ("q", ctypes.c_void_p),
+        ("q_stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("query_start", "first_position", "pools", "page_start", "page_pool")),
+        *((name, ctypes.c_void_p) for name in ("page_block", "page_position", "out", "lse")),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "num_rows", "num_pools", "num_entries")),
+        *((name, ctypes.c_int64) for name in ("q_heads", "kv_heads", "head_dim", "block_size")),
+        *((name, ctypes.c_int64) for name in ("window", "sinks", "is_bf16", "level", "threads")),
+        ("scale", ctypes.c_double),
+    ]
+
+
+class _Pages(ctypes.Structure):
+    """`quire::Pages` in csrc/exports.h."""
+
+    _fields_ = [
+        ("base", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("layer_stride", "block_stride", "num_layers", "num_blocks")),
+        *((name, ctypes.c_int64) for name in ("kv_heads", "block_size", "row_bytes", "threads")),
+    ]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The library, or why it cannot be used."""
+    if not LIBRARY.exists():
+        return "The native kernels (kernels/_native.so) are not built."
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        library.quire_levels.restype = ctypes.c_int64
+        library.quire_levels.argtypes = []
+        message = [ctypes.c_char_p, ctypes.c_int64]
+        library.quire_attend.restype = ctypes.c_int64
+        library.quire_attend.argtypes = [ctypes.POINTER(_Call), *message]
+        library.quire_merge.restype = None
+        library.quire_merge.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
+            *(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64),
+        ]
+        library.quire_write_kv.restype = ctypes.c_int64
+        library.quire_write_kv.argtypes = [
+            *(ctypes.POINTER(_Pages), ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64),
+            *(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, *message),
+        ]
+        library.quire_copy_pages.restype = ctypes.c_int64
+        library.quire_copy_pages.argtypes = [
+            *(ctypes.POINTER(_Pages), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, *message),
+        ]
+        library.quire_read.restype = ctypes.c_uint64
+        library.quire_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    except (OSError, AttributeError) as error:
+        return f"The native kernels (kernels/_native.so) do not load: {error}."
+    return library
+
+
+def why_missing() -> str | None:
+    """Why the native kernels cannot be used, as a sentence, or None where they can."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def levels() -> tuple[str, ...]:
+    """The instruction levels that are built and that this machine runs, slowest first."""
+    library = _library()
+    if isinstance(library, str):
+        return ()
+    bits = library.quire_levels()
+    return tuple(level for index, level in enumerate(LEVELS) if bits >> index & 1)
+
+
+def read(data: torch.Tensor) -> None:
+    """Read a contiguous tensor (whole 256 KiB) on one thread and do nothing with it: the ceiling of a benchmark."""
+    library = _library()
+    if isinstance(library, str):
+        raise ValueError(library)
+    library.quire_read(data.data_ptr(), data.numel() * data.element_size())
+
+
+class Native:
+    """The C++ backend of `kernels.ops` at one instruction level. Threads: torch.get_num_threads()."""
+
+    float64 = False
+
+    def __init__(self, level: str) -> None:
+        library = _library()
+        if isinstance(library, str):
+            raise ValueError(library)
+        if level not in levels():
+            raise ValueError(f"level: got {level!r}, must be one of {levels()}")
+        self.name = NAMES[level]
+        self._level = LEVELS.index(level)
+        self._library = library
+
+    def attend(
+        self,
+        q_THD: torch.Tensor,
+        query_start: torch.Tensor,
+        pools: Sequence[torch.Tensor],
+        layer: int,
+        pages: PageList,
+        mask: Mask,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `kernels.ops.attend`."""
+        out = torch.empty(q_THD.shape, dtype=torch.float32)
+        lse = torch.empty(q_THD.shape[:2], dtype=torch.float32)
+        table = (_Pool * len(pools))(
+            *(
+                (
+                    each.data_ptr() + layer * each.stride(0) * each.element_size(),
+                    each.stride(1) * each.element_size(),
+                    each.shape[1],
+                )
+                for each in pools
+            )
+        )
+        kv_heads, block_size, head_dim = pools[0].shape[3:]
+        call = _Call(
+            q_THD.data_ptr(),
+            q_THD.stride(0),
+            query_start.data_ptr(),
+            mask.first_position.data_ptr(),
+            ctypes.addressof(table),
+            pages.start.data_ptr(),
+            None if pages.pool is None else pages.pool.data_ptr(),
+            pages.block.data_ptr(),
+            pages.position.data_ptr(),
+            out.data_ptr(),
+            lse.data_ptr(),
+            q_THD.shape[0],
+            query_start.shape[0] - 1,
+            len(pools),
+            pages.block.shape[0],
+            q_THD.shape[1],
+            kv_heads,
+            head_dim,
+            block_size,
+            mask.window,
+            mask.sinks,
+            int(q_THD.dtype == torch.bfloat16),
+            self._level,
+            torch.get_num_threads(),
+            scale,
+        )
+        message = ctypes.create_string_buffer(MESSAGE_BYTES)
+        _raise(self._library.quire_attend(call, message, MESSAGE_BYTES), message)
+        return out, lse
+
+    def merge(self, outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `kernels.ops.merge`."""
+        parts, tokens, heads, dim = outs_PTHD.shape
+        out = torch.empty((tokens, heads, dim), dtype=torch.float32)
+        lse = torch.empty((tokens, heads), dtype=torch.float32)
+        inputs = (outs_PTHD.data_ptr(), lses_PTH.data_ptr(), parts, tokens * heads, dim)
+        self._library.quire_merge(*inputs, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
+        return out, lse
+
+    def write_kv(
+        self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, pool: torch.Tensor, layer: int, slots: torch.Tensor
+    ) -> None:
+        """See `kernels.ops.write_kv`."""
+        size = pool.element_size()
+        message = ctypes.create_string_buffer(MESSAGE_BYTES)
+        k, v = (k_TKD.data_ptr(), k_TKD.stride(0) * size), (v_TKD.data_ptr(), v_TKD.stride(0) * size)
+        what = (layer, slots.data_ptr(), slots.shape[0])
+        _raise(self._library.quire_write_kv(_pages(pool), *k, *v, *what, message, MESSAGE_BYTES), message)
+
+    def copy_pages(self, pool: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+        """See `kernels.ops.copy_pages`."""
+        message = ctypes.create_string_buffer(MESSAGE_BYTES)
+        ids = (source.data_ptr(), target.data_ptr(), source.shape[0])
+        _raise(self._library.quire_copy_pages(_pages(pool), *ids, message, MESSAGE_BYTES), message)
+
+
+def _pages(pool: torch.Tensor) -> _Pages:
+    size = pool.element_size()
+    strides = (pool.stride(0) * size, pool.stride(1) * size)
+    shape = (pool.shape[0], pool.shape[1], pool.shape[3], pool.shape[4], pool.shape[5] * size)
+    return _Pages(pool.data_ptr(), *strides, *shape, torch.get_num_threads())
+
+
+def _raise(code: int, message: ctypes.Array[ctypes.c_char]) -> None:
+    if code == 1:
+        raise ValueError(message.value.decode())
+    if code:
+        raise MemoryError("attend: no memory for the kernels' scratch")

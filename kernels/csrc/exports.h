@@ -1,0 +1,38 @@
+// The C interface that cpu.py loads. Calls return 0, 1 (a mistake in the arguments, told in `message`) or 2 (no memory).
+#pragma once
+#include "call.h"
+
+#define QUIRE_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace quire {
+
+// A pool of all layers, for the calls that write; mirrored by cpu.py. Strides and sizes in bytes.
+struct Pages {
+    char* base;
+    int64_t layer_stride, block_stride;
+    int64_t num_layers, num_blocks;
+    int64_t kv_heads, block_size, row_bytes;  // row: head_dim elements
+    int64_t threads;
+};
+
+}  // namespace quire
+
+// Bit set of the levels that this machine runs: 1 plain, 2 avx2, 4 avx512 with bfloat16.
+QUIRE_EXPORT int64_t quire_levels();
+
+QUIRE_EXPORT int64_t quire_attend(const quire::Call* call, char* message, int64_t size);
+
+// outs [parts][rows][dim], lses [parts][rows]; out [rows][dim], lse [rows].
+QUIRE_EXPORT void quire_merge(const float* outs, const float* lses, int64_t parts, int64_t rows, int64_t dim,
+                              float* out, float* lse, int64_t threads);
+
+// k, v: num_tokens rows of kv_heads * row_bytes, k_stride and v_stride bytes apart. Nothing is written on a mistake.
+QUIRE_EXPORT int64_t quire_write_kv(const quire::Pages* pages, const char* k, int64_t k_stride, const char* v,
+                                    int64_t v_stride, int64_t layer, const int64_t* slots, int64_t num_tokens,
+                                    char* message, int64_t size);
+
+QUIRE_EXPORT int64_t quire_copy_pages(const quire::Pages* pages, const int32_t* source, const int32_t* target,
+                                      int64_t count, char* message, int64_t size);
+
+// Reads whole multiples of 256 KiB on one thread; the result only keeps the reads alive.
+QUIRE_EXPORT uint64_t quire_read(const char* data, int64_t bytes);

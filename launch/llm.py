@@ -1,0 +1,311 @@
+"""The engine in this process: `from quire import LLM`.
+
+    raw request -> parse (text to ids, every field checked) -> Loop.add -> Loop.step ... -> Collector (ids to text)
+
+The parts are those of the distributed service at size one: the same validator and text objects as a front, the same
+loop as a worker. `LLM` only composes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from cluster.chat_template import ChatTemplate
+from cluster.requests import Text, parse_request
+from cluster.tokenizer import Tokenizer
+from launch.config import EngineConfig
+from launch.memory import MemoryPlan
+from launch.outputs import Collector, CompletionOutput, RequestOutput
+from pagetable.allocator import BlockAllocator
+from pagetable.errors import NotFound, QuireError
+from pagetable.ids import DeviceId
+from pagetable.page import PagePool
+from pagetable.sampling import Limits, SamplingParams
+from worker.kv_cache import PagedKVCache
+from worker.loop import Loop
+from worker.model import Decoder
+from worker.model_config import ModelConfig
+from worker.runner import Runner
+from worker.sampler import Sampler
+from worker.scheduler import ShardScheduler
+from worker.sequence import FinishReason
+from worker.tables import TableMirror
+from worker.weights import open_weights
+
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "describe_plan"]
+
+Raw: TypeAlias = Mapping[str, Any]
+Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
+Progress: TypeAlias = Callable[[int, int], None]
+
+_AHEAD = 2  # requests parsed ahead, in units of max_num_seqs: a long file is not tokenized before its first token
+
+
+class LLM:
+    """A model, its pages and its loop in this process. One caller at a time.
+
+    Args:
+        model: folder of a Hugging Face model.
+        config: everything else; or give its fields by name.
+        progress: show a bar on stderr while weights load; or a callable `(bytes done, bytes in all)`.
+
+    Errors: ConfigError, ModelError and NotSupported say which setting or file is refused and why.
+    """
+
+    def __init__(
+        self, model: str, *, config: EngineConfig | None = None, progress: bool | Progress = False, **fields: Any
+    ) -> None:
+        if config is None:
+            config = EngineConfig(model=model, **fields)
+        elif fields:
+            raise TypeError(f"give config or {', '.join(fields)}, not both")
+        self.config = config
+        folder = Path(model)
+        self.model_config = ModelConfig.from_folder(folder)
+        self.plan = MemoryPlan.make(config, self.model_config)
+        self.tokenizer = Tokenizer.from_folder(folder)
+        self.text = _text(self.tokenizer)
+        self.eos_token_ids = self.model_config.eos_token_ids
+        if not self.eos_token_ids and self.tokenizer is not None and self.tokenizer.eos_id is not None:
+            self.eos_token_ids = (self.tokenizer.eos_id,)
+        shard = self.plan.shard
+        self.limits = Limits(
+            vocab_size=self.model_config.vocab_size,
+            max_model_len=shard.max_model_len,
+            max_pool_tokens=shard.num_blocks * shard.block_size,
+        )
+        torch.set_num_threads(config.num_threads)
+        self.loop = Loop(self._scheduler(), self._runner(folder, progress))
+        self._collectors: dict[str, Collector] = {}
+        self._arrivals = 0
+
+    def describe(self) -> list[str]:
+        """What was loaded and what fits, for people."""
+        return self.plan.describe()
+
+    # vLLM's verbs
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Run prompts to their ends.
+
+        Args:
+            prompts: texts, lists of token ids, or mappings with `prompt` or `prompt_token_ids` (and `cache_salt`).
+            sampling_params: for all, or one for each.
+
+        Errors: InvalidRequest, before anything runs, where one may not be.
+        """
+        many = list(prompts) if isinstance(prompts, (list, tuple)) and not _is_ids(prompts) else [prompts]
+        return self._complete([_prompt_fields(prompt) for prompt in many], sampling_params)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several, through the model's chat template."""
+        one = not messages or isinstance(messages[0], Mapping)
+        many = [messages] if one else list(messages)
+        return self._complete([{"messages": list(conversation)} for conversation in many], sampling_params)
+
+    def generate_raw(self, raws: Iterable[Raw | QuireError]) -> list[RequestOutput | QuireError]:
+        """Run JSON objects (see `cluster.requests`) in order; each is answered by its output or by why it was
+        refused."""
+        results: dict[int, RequestOutput | QuireError] = {}
+        names: dict[str, int] = {}
+        waiting = enumerate(raws)
+        more = True
+        while more or self.loop.has_work:
+            while more and self.loop.scheduler.num_waiting < _AHEAD * self.config.max_num_seqs:
+                index, raw = next(waiting, (-1, None))
+                if raw is None:
+                    more = False
+                    break
+                try:
+                    if isinstance(raw, QuireError):
+                        raise raw
+                    names[self.add_request(raw)] = index
+                except QuireError as error:
+                    results[index] = error
+            for output in self.step():
+                if output.finished:
+                    results[names.pop(output.request_id)] = self.pop(output.request_id)
+        return [results[index] for index in sorted(results)]
+
+    # Step by step
+
+    def add_request(self, raw: Raw) -> str:
+        """Queue one JSON object's request; its id. Errors as `parse_request` and `Loop.add`."""
+        self._arrivals += 1
+        request = parse_request(
+            raw,
+            self.limits,
+            text=self.text,
+            request_id=str(self._arrivals - 1),
+            seed=_seed(self.config.seed, self._arrivals),
+            eos_token_ids=self.eos_token_ids,
+        )
+        prompt = raw["prompt"] if isinstance(raw.get("prompt"), str) else None
+        self.loop.add(request)
+        self._collectors[request.request_id] = Collector(request, prompt, self.tokenizer)
+        return request.request_id
+
+    def fork(self, request_id: str, sample_index: int = 0, **changes: Any) -> str:
+        """Split a running sample: a new request goes on from its tokens so far and shares their pages.
+
+        Args:
+            changes: sampling fields that differ; a `seed` of its own is drawn where none is given. `max_tokens`
+            counts from the
+                prompt, as in the forked request.
+
+        Returns the new request's id. Errors: NotFound where the sample does not run.
+        """
+        parent = self._collectors.get(request_id)
+        if parent is None or not 0 <= sample_index < len(parent.output.outputs):
+            raise NotFound(f"sample {sample_index} of request {request_id!r} is not in flight")
+        origin = self.loop.scheduler.request(request_id)
+        self._arrivals += 1
+        params = {**_params_fields(origin.params), "n": 1, "seed": _seed(self.config.seed, self._arrivals), **changes}
+        raw = {"prompt_token_ids": list(origin.prompt), **params}
+        if origin.cache_salt:
+            raw["cache_salt"] = origin.cache_salt
+        request = parse_request(
+            raw,
+            self.limits,
+            text=self.text,
+            request_id=str(self._arrivals - 1),
+            seed=0,
+            eos_token_ids=self.eos_token_ids,
+        )
+        self.loop.fork(request_id, sample_index, request)
+        collector = Collector(request, parent.output.prompt, self.tokenizer)
+        collector.inherit(parent.output.outputs[sample_index])
+        self._collectors[request.request_id] = collector
+        return request.request_id
+
+    def abort(self, request_id: str) -> RequestOutput:
+        """End a request now; what it has so far. Its pages are free when the plans that name them have retired."""
+        for found in self.loop.cancel(request_id):
+            self._collectors[request_id].push(found)
+        return self.pop(request_id)
+
+    def step(self) -> list[RequestOutput]:
+        """One plan of the loop; the requests that it moved, each once, as they are now. Finished ones stay until
+        `pop`."""
+        moved: dict[str, RequestOutput] = {}
+        for found in self.loop.step():
+            collector = self._collectors[found.request_id]
+            stop = collector.push(found)
+            if stop is not None:
+                ended = self.loop.finish(found.request_id, found.sample_index, FinishReason.STOP, stop)
+                collector.push(ended)
+            moved[found.request_id] = collector.output
+        return list(moved.values())
+
+    def pop(self, request_id: str) -> RequestOutput:
+        """Take a finished request's output out of the engine's books."""
+        return self._collectors.pop(request_id).output
+
+    def stream(self, raw: Raw) -> Iterator[RequestOutput]:
+        """Run one request and yield its output each time it has grown. Closing the iterator aborts the request."""
+        request_id = self.add_request(raw)
+        output = self._collectors[request_id].output
+        try:
+            while not output.finished:
+                if any(moved is output for moved in self.step()):
+                    yield output
+        finally:
+            if output.finished:
+                self.pop(request_id)
+            else:
+                self.abort(request_id)
+
+    def _complete(
+        self, raws: list[dict[str, Any]], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[RequestOutput]:
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            each: Sequence[SamplingParams] = [sampling_params or SamplingParams()] * len(raws)
+        else:
+            each = sampling_params
+        if len(each) != len(raws):
+            raise ValueError(
+                f"sampling_params: got {len(each)}, must be one, or one for each of the {len(raws)} prompts"
+            )
+        whole = [{**_params_fields(params), **raw} for params, raw in zip(each, raws, strict=True)]
+        parsed = deque(whole)
+        names = []
+        try:
+            while parsed:
+                names.append(self.add_request(parsed.popleft()))
+        except QuireError:
+            for name in names:
+                self.abort(name)
+            raise
+        while any(not self._collectors[name].output.finished for name in names):
+            self.step()
+        return [self.pop(name) for name in names]
+
+    def _scheduler(self) -> ShardScheduler:
+        shard = self.plan.shard
+        pool = PagePool([BlockAllocator(DeviceId(0), shard.num_blocks)])
+        identity = sha256(repr((self.model_config, self.plan.dtype, shard.block_size)).encode()).digest()
+        return ShardScheduler(shard, pool, identity)
+
+    def _runner(self, folder: Path, progress: bool | Progress) -> Runner:
+        shard, dtype = self.plan.shard, getattr(torch, self.plan.dtype)
+        weights = open_weights(folder)
+        if progress is True:
+            from launch.progress import loading_bar
+
+            with loading_bar() as show:
+                model = Decoder(self.model_config, weights, dtype, show)
+        else:
+            model = Decoder(self.model_config, weights, dtype, progress or None)
+        cache = PagedKVCache(self.model_config, shard.num_blocks, shard.block_size, dtype)
+        tables = TableMirror(shard.max_num_seqs, -(-shard.max_model_len // shard.block_size), shard.block_size)
+        return Runner(model, cache, tables, Sampler(self.model_config.vocab_size, shard.max_num_seqs))
+
+
+def describe_plan(config: EngineConfig) -> list[str]:
+    """What `config` would load and what would fit, without reading weights."""
+    return MemoryPlan.make(config, ModelConfig.from_folder(config.model)).describe()
+
+
+def _text(tokenizer: Tokenizer | None) -> Text | None:
+    if tokenizer is None:
+        return None
+    source = tokenizer.chat_template
+    chat = None if source is None else ChatTemplate(source, tokenizer.special_tokens, datetime.now)
+    return Text(tokenizer, chat)
+
+
+def _is_ids(prompts: Sequence[Any]) -> bool:
+    return len(prompts) > 0 and all(type(item) is int for item in prompts)
+
+
+def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
+    if isinstance(prompt, Mapping):
+        return dict(prompt)
+    return {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": list(prompt)}
+
+
+def _params_fields(params: SamplingParams) -> dict[str, Any]:
+    """As a raw object's fields."""
+    fields = {each.name: getattr(params, each.name) for each in dataclasses.fields(params)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+def _seed(base: int, arrival: int) -> int:
+    """A seed of its own for each request, from the engine's."""
+    return int.from_bytes(sha256(f"quire seed {base} {arrival}".encode()).digest()[:8], "little") >> 1

@@ -1,0 +1,130 @@
+"""How much memory the pool takes, and what fits into it: the arithmetic behind `--dry-run` and the start-up lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launch.config import EngineConfig, show_size
+from launch.machine import available_memory
+from pagetable.errors import ConfigError
+from pagetable.ids import MAX_BLOCKS
+from worker.config import ShardConfig
+from worker.model_config import ModelConfig
+
+_POOL_SHARE = 0.5  # of what is free beside the weights, where nothing sizes the pool
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What a configuration means for one model.
+
+    Attributes:
+        dtype: of weights and pages, `auto` resolved.
+        weight_bytes: in that dtype.
+        block_bytes: one page of all layers, K and V.
+        clamped: whether max_model_len was cut to what the pool holds because nobody asked for more.
+    """
+
+    dtype: str
+    weight_bytes: int
+    block_bytes: int
+    num_blocks: int
+    max_model_len: int
+    clamped: bool
+    shard: ShardConfig
+
+    @classmethod
+    def make(cls, config: EngineConfig, model: ModelConfig, free: int | None = None) -> MemoryPlan:
+        """Size the pool. ConfigError names the setting, the number and the limit.
+
+        Args:
+            free: bytes that this process can take; None asks the machine.
+        """
+        dtype = config.dtype
+        if dtype == "auto":
+            dtype = "float32" if model.dtype == "float32" else "bfloat16"
+        element = _ELEMENT_BYTES[dtype]
+        weights = element * sum(_product(shape) for shape in model.tensor_shapes().values())
+        block = 2 * model.num_layers * model.num_kv_heads * config.block_size * model.head_dim * element
+        wanted = config.max_model_len if config.max_model_len is not None else model.max_position_embeddings
+        if wanted > model.max_position_embeddings:
+            limit = f"be at most the model's max_position_embeddings, {model.max_position_embeddings}"
+            raise ConfigError("max_model_len", wanted, limit)
+        pages = -(-wanted // config.block_size)
+        num_blocks = _num_blocks(config, block, weights, pages, free)
+        length, clamped = wanted, False
+        if wanted > num_blocks * config.block_size:
+            if config.max_model_len is not None:
+                limit = f"be at most {num_blocks * config.block_size}, which the pool of {num_blocks} pages holds"
+                raise ConfigError("max_model_len", wanted, limit, "lower it or give the pool more memory")
+            length, clamped = num_blocks * config.block_size, True
+        shard = ShardConfig(
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_model_len=length,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_partial_prefills=config.max_num_partial_prefills,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        return cls(dtype, weights, block, num_blocks, length, clamped, shard)
+
+    def describe(self) -> list[str]:
+        """The lines that people see at start: weights, pages, tokens, requests that fit."""
+        size = self.shard.block_size
+        tokens, pool = self.num_blocks * size, _about(self.num_blocks * self.block_bytes)
+        full = self.num_blocks / -(-self.max_model_len // size)
+        lines = [
+            f"weights {_about(self.weight_bytes)} as {self.dtype}",
+            f"pool {pool}: {self.num_blocks} pages of {size} tokens = {tokens} tokens; {full:.1f} requests of "
+            f"max_model_len {self.max_model_len} fit at once (max_num_seqs {self.shard.max_num_seqs})",
+        ]
+        if self.clamped:
+            lines.append(f"max_model_len is {self.max_model_len} because the pool holds no more; give it more memory")
+        return lines
+
+
+def _num_blocks(config: EngineConfig, block: int, weights: int, pages: int, free: int | None) -> int:
+    free = available_memory() if free is None else free
+    if config.num_gpu_blocks_override is None and config.kv_cache_memory_bytes is None:
+        room = int(_POOL_SHARE * max(0, (free if free is not None else 8 << 30) - weights))
+        # more than this could only be used by cached prefixes
+        count = min(room // block, 4 * config.max_num_seqs * pages, MAX_BLOCKS)
+        if count < 1:
+            limit = f"leave room for one page of {show_size(block)} beside {_about(weights)} of weights"
+            raise ConfigError("kv_cache_memory_bytes", None, limit, "use a smaller model or a machine with more memory")
+        return count
+    if config.num_gpu_blocks_override is not None:
+        field, value, count = (
+            "num_gpu_blocks_override",
+            str(config.num_gpu_blocks_override),
+            config.num_gpu_blocks_override,
+        )
+    else:
+        size = config.kv_cache_memory_bytes or 0
+        field, value, count = "kv_cache_memory_bytes", show_size(size), size // block
+    if not 1 <= count <= MAX_BLOCKS:
+        raise ConfigError(field, value, f"hold from 1 to {MAX_BLOCKS} pages of {show_size(block)}")
+    if free is not None and count * block > free:
+        limit = (
+            f"fit in the {_about(free)} that are free; {count} pages of {show_size(block)} take {_about(count * block)}"
+        )
+        raise ConfigError(field, value, limit, "lower it")
+    return count
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for dimension in shape:
+        result *= dimension
+    return result
+
+
+def _about(count: int) -> str:
+    """Bytes for people: `1.5 GiB`."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"

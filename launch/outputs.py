@@ -1,0 +1,136 @@
+"""What a caller gets back: vLLM's RequestOutput and CompletionOutput, filled token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.detokenizer import Detokenizer, StopStrings
+from cluster.tokenizer import Tokenizer
+from pagetable.sampling import Request
+from worker.plan import TokenLogprobs
+from worker.sequence import FinishReason, TokenOutput
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One sample of a request.
+
+    Attributes:
+        logprobs: one entry a token where the request asked for them.
+        finish_reason: "stop", "length", "cancelled" or "error"; None while it runs.
+        stop_reason: the stop string or stop token id that ended it; why it failed where it did.
+        pages: (device_id, block_id) of each page of its block table when it ended.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    pages: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """All samples of one request.
+
+    Attributes:
+        prompt: the text, where the prompt was text or a chat.
+        prompt_logprobs: one entry a prompt token where the request asked; the first is None, since nothing predicts it.
+        num_cached_tokens: prompt tokens whose pages were there (or being filled) when the request was admitted.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return all(output.finish_reason is not None for output in self.outputs)
+
+
+class SampleText:
+    """The text of one sample and the stop string that may end it.
+
+    Args:
+        tokenizer: None where the model serves token ids only; then there is no text and no stop string can match.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+        params = request.params
+        self._min_tokens, self._include = params.min_tokens, params.include_stop_str_in_output
+        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens) if tokenizer is not None else None
+        self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
+        self._count = 0
+
+    def push(self, token: int, ended_by_token: bool) -> tuple[str, str | None]:
+        """(text that is final now, the stop string that it ends with or None). A token that ends the sample is no
+        text."""
+        self._count += 1
+        if self._detokenizer is None or (ended_by_token and not self._include):
+            return "", None
+        text = self._detokenizer.push((token,))
+        if self._count < self._min_tokens:
+            return text, None
+        return self._stops.push(text)
+
+    def finish(self) -> str:
+        """What was held back: an incomplete code point, the possible start of a stop string."""
+        if self._detokenizer is None or self._stops.matched is not None:
+            return ""
+        text, _ = self._stops.push(self._detokenizer.finish())
+        return text + self._stops.finish()
+
+
+class Collector:
+    """Fills one RequestOutput from the engine's token outputs."""
+
+    def __init__(self, request: Request, prompt: str | None, tokenizer: Tokenizer | None) -> None:
+        params = request.params
+        wants = params.logprobs is not None
+        outputs = [
+            CompletionOutput(index, logprobs=[] if wants else None, cumulative_logprob=0.0 if wants else None)
+            for index in range(params.n)
+        ]
+        self.output = RequestOutput(request.request_id, prompt, request.prompt, outputs)
+        if params.prompt_logprobs is not None:
+            self.output.prompt_logprobs = [None]
+        self._texts = [SampleText(request, tokenizer) for _ in range(params.n)]
+
+    def inherit(self, other: CompletionOutput) -> None:
+        """A fork begins with the tokens that the forked sample has emitted."""
+        own = self.output.outputs[0]
+        for token in other.token_ids:
+            own.token_ids.append(token)
+            own.text += self._texts[0].push(token, ended_by_token=False)[0]
+
+    def push(self, found: TokenOutput) -> str | None:
+        """Take one output; the stop string that the caller must end the sample with, or None.
+
+        The sample's text is complete where its finish_reason is set.
+        """
+        own, text = self.output.outputs[found.sample_index], self._texts[found.sample_index]
+        if found.scores and self.output.prompt_logprobs is not None:
+            self.output.prompt_logprobs += found.scores
+        matched = None
+        if found.token is not None:
+            own.token_ids.append(found.token)
+            if own.logprobs is not None and own.cumulative_logprob is not None and found.logprobs is not None:
+                own.logprobs.append(found.logprobs)
+                own.cumulative_logprob += found.logprobs.logprob
+            piece, matched = text.push(found.token, found.finish_reason is FinishReason.STOP)
+            own.text += piece
+        if found.finish_reason is not None:
+            own.text += text.finish()
+            own.finish_reason = FinishReason.STOP.value if matched is not None else found.finish_reason.value
+            own.stop_reason = matched if matched is not None else found.failure or found.stop_reason
+            own.pages = [(int(device), int(block)) for device, block in found.pages]
+            if found.sample_index == 0:
+                self.output.num_cached_tokens = found.cached_tokens
+            return None
+        return matched

@@ -1,0 +1,19 @@
+"""For all tests: few threads that sleep while they wait, and no configuration from the developer's shell."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before anything imports torch: OpenMP reads these once.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["OMP_WAIT_POLICY"] = "passive"
+
+from launch.flags import CONFIG_VARIABLES
+
+for _name in CONFIG_VARIABLES:
+    os.environ.pop(_name, None)
+
+# Subprocesses of tests import this tree too, installed or not.
+_ROOT = str(Path(__file__).resolve().parent.parent)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))

@@ -1,0 +1,164 @@
+"""The plan in the making: which rows it has, and everything that booking their tokens entails.
+
+`ShardScheduler` decides who advances by how much; `Step` carries that out on tables and pages and writes the arrays.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from pagetable.ids import LogicalPageId, PlanNumber, SequenceId
+from pagetable.page import PagePool
+from pagetable.prefix_tree import NO_PAGE, extend_digests
+from worker.config import ShardConfig
+from worker.plan import Admit, Plan
+from worker.sequence import Sequence
+
+
+class Row:
+    """A sequence's share of the plan: tokens start .. start + count."""
+
+    __slots__ = ("count", "sequence", "start")
+
+    def __init__(self, sequence: Sequence, start: int) -> None:
+        self.sequence, self.start, self.count = sequence, start, 0
+
+
+class Step:
+    """One plan before it is sent, and what its retirement needs afterwards.
+
+    Attributes:
+        budget: prompt tokens that the plan may still take.
+        oldest: the oldest unfinished sequence when the plan was begun; nothing holds it up.
+        samples: (who samples, from whose row).
+        scored: (sequence, how many prompt positions).
+        fresh: pages that this plan is the first to write.
+        sealed: pages that others find because this plan fills them, in the order in which they were sealed.
+    """
+
+    def __init__(self, number: PlanNumber, budget: int, oldest: Sequence, config: ShardConfig, pool: PagePool) -> None:
+        self.plan = Plan(number)
+        self.budget = budget
+        self.oldest = oldest
+        self.rows: dict[SequenceId, Row] = {}
+        self.samples: list[tuple[Sequence, Sequence]] = []
+        self.scored: list[tuple[Sequence, int]] = []
+        self.fresh: list[LogicalPageId] = []
+        self.sealed: list[LogicalPageId] = []
+        self._config, self._pool = config, pool
+
+    def names(self, sequence: Sequence) -> bool:
+        """Whether the plan reads or writes the sequence's pages."""
+        return sequence.last_plan == self.plan.number
+
+    def append(self, sequence: Sequence, count: int) -> None:
+        """Book the sequence's next `count` tokens: pages, copies, table changes for the ranks, seals.
+
+        Raises OutOfBlocks with nothing changed where the pool has no room for them.
+        """
+        row = self.rows.get(sequence.sequence_id)
+        table, plan, pool = sequence.table, self.plan, self._pool
+        before = len(table)
+        copy = table.append(count, plan.number)
+        if row is None:
+            row = self.rows[sequence.sequence_id] = Row(sequence, sequence.num_computed)
+        row.count += count
+        if sequence.num_sent < 0:
+            self.introduce(sequence)
+        if copy is not None:
+            plan.copy_source.append(pool.block(copy[0]))
+            plan.copy_target.append(pool.block(copy[1]))
+            self.fresh.append(copy[1])
+            if before <= sequence.num_sent:
+                self._send(sequence, before - 1)
+        for index in sequence.resend:
+            self._send(sequence, index)
+        sequence.resend.clear()
+        for index in range(sequence.num_sent, len(table)):
+            self._send(sequence, index)
+        sequence.num_sent = len(table)
+        self.fresh.extend(map(LogicalPageId, table.pages[before:]))
+        sequence.num_computed += count
+        sequence.last_plan = plan.number
+        if (
+            self._config.enable_prefix_caching
+            and sequence.num_computed // self._config.block_size > sequence.num_sealed
+        ):
+            self._seal(sequence)
+
+    def sample(self, sequence: Sequence, source: Sequence) -> None:
+        """`sequence` samples its next token from the last logits of `source`'s row."""
+        sequence.pending = 1
+        sequence.last_plan = self.plan.number
+        self.samples.append((sequence, source))
+
+    def introduce(self, sequence: Sequence) -> None:
+        """Tell the ranks who sits in the sequence's slot now."""
+        request = sequence.request
+        sequence.num_sent = 0
+        self.plan.admits.append(
+            Admit(
+                slot=sequence.slot,
+                sequence_id=sequence.sequence_id,
+                sample_index=sequence.sample_index,
+                params=request.params,
+                prompt_length=sequence.prompt_length,
+                tokens=array("i", sequence.tokens),
+                eos_token_ids=request.eos_token_ids,
+            )
+        )
+
+    def write(self) -> Plan:
+        """Rows, samples and scores as arrays; rows of similar length are neighbours."""
+        plan = self.plan
+        ends: dict[SequenceId, int] = {}
+        for row in sorted(self.rows.values(), key=lambda row: len(row.sequence.table.pages)):
+            sequence, start, offset = row.sequence, row.start, len(plan.tokens)
+            plan.slots.append(sequence.slot)
+            plan.first_position.append(start)
+            if row.count == 1:
+                plan.tokens.append(sequence.tokens[start])
+            else:
+                plan.tokens.extend(sequence.tokens[start : start + row.count])
+            plan.query_start.append(len(plan.tokens))
+            ends[sequence.sequence_id] = len(plan.tokens) - 1
+            if sequence.num_scored < sequence.prompt_length - 1:
+                self._score(row, offset)
+        for sequence, source in self.samples:
+            plan.sample_row.append(ends[source.sequence_id])
+            plan.sample_slot.append(sequence.slot)
+            plan.sample_position.append(len(sequence.tokens))
+        return plan
+
+    def _seal(self, sequence: Sequence) -> None:
+        """Let others find the pages that this plan fills; where one of equal content is there already, use that."""
+        table, size = sequence.table, self._config.block_size
+        full = sequence.num_computed // size
+        extend_digests(sequence.digests, sequence.root, sequence.tokens, size, full)
+        for index in range(sequence.num_sealed, full):
+            page = LogicalPageId(table.pages[index])
+            parent = LogicalPageId(table.pages[index - 1]) if index else NO_PAGE
+            found = self._pool.seal(page, sequence.digests[index], parent)
+            if found == page:
+                self.sealed.append(page)
+            else:
+                table.swap(index, found, self.plan.number)
+                sequence.resend.append(index)  # this plan still reads and writes its own page
+        sequence.num_sealed = full
+
+    def _send(self, sequence: Sequence, index: int) -> None:
+        self.plan.table_slot.append(sequence.slot)
+        self.plan.table_index.append(index)
+        self.plan.table_block.append(self._pool.block(LogicalPageId(sequence.table.pages[index])))
+
+    def _score(self, row: Row, offset: int) -> None:
+        sequence = row.sequence
+        first = max(row.start, sequence.num_scored)
+        last = min(row.start + row.count, sequence.prompt_length - 1)
+        for position in range(first, last):
+            self.plan.score_row.append(offset + position - row.start)
+            self.plan.score_slot.append(sequence.slot)
+            self.plan.score_token.append(sequence.tokens[position + 1])
+        if last > first:
+            sequence.num_scored = last
+            self.scored.append((sequence, last - first))

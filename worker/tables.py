@@ -1,0 +1,110 @@
+"""TableMirror: a rank's copy of the block tables, and the arrays that a step's kernels take.
+
+The leader's scheduler owns the tables; a plan carries their changes. All of it is whole-array arithmetic: an object or
+a Python loop per page would cost more than the step.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kernels.ops import Mask, PageList
+from pagetable.errors import InvariantBroken
+from worker.plan import Plan
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's rows as the model takes them: R rows, T tokens.
+
+    Attributes:
+        tokens, positions: int64 [T].
+        slots: int64 [T], where each token's K and V go: block * block_size + offset.
+        query_start: int32 [R+1].
+        pages, masks: by sliding window (0 is none): what layers of that window attend.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    query_start: torch.Tensor
+    pages: dict[int, PageList]
+    masks: dict[int, Mask]
+
+
+class TableMirror:
+    """int32 [slots, blocks]: row `slot` is the block table of the sequence that runs there; stale behind its end."""
+
+    def __init__(self, max_num_seqs: int, max_blocks_per_seq: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.tables: Ints = np.full((max_num_seqs, max_blocks_per_seq), -1, dtype=np.int32)
+
+    def apply(self, plan: Plan) -> None:
+        """Carry out the plan's table changes. InvariantBroken (and nothing changed) where one is out of range."""
+        slot, index, block = ints(plan.table_slot), ints(plan.table_index), ints(plan.table_block)
+        _check_range("table_slot", slot, self.tables.shape[0])
+        _check_range("table_index", index, self.tables.shape[1])
+        self.tables[slot, index] = block
+
+    def batch(self, plan: Plan, windows: Iterable[int]) -> Batch:
+        """The arrays of the plan's rows, after `apply`.
+
+        Args:
+            windows: the sliding windows that the model's layers have; 0 is full attention.
+
+        Row r attends the pages of positions 0 .. first + length; with a window only those that its first query or a
+        later one still sees:
+
+            page      0     1     2     3     4     5
+                   |.....|.....|..###|#####|#####|QQ...|     # = seen by the first query, Q = this step's tokens
+                               ^ the first page listed
+        """
+        query_start, first, slots = ints(plan.query_start), ints(plan.first_position), ints(plan.slots)
+        lengths = np.diff(query_start)
+        _check_range("slots", slots, self.tables.shape[0])
+        num_pages = -(-(first + lengths) // self.block_size)
+        _check_range("first_position", num_pages, self.tables.shape[1] + 1)
+        row_of_token = np.repeat(np.arange(len(slots)), lengths)
+        positions = np.arange(len(row_of_token)) + np.repeat(first - query_start[:-1], lengths)
+        blocks = self.tables[slots[row_of_token], positions // self.block_size].astype(np.int64)
+        first_position = torch.from_numpy(first)
+        return Batch(
+            tokens=torch.from_numpy(ints(plan.tokens).astype(np.int64)),
+            positions=torch.from_numpy(positions),
+            slots=torch.from_numpy(blocks * self.block_size + positions % self.block_size),
+            query_start=torch.from_numpy(query_start),
+            pages={window: self._pages(slots, first, num_pages, window) for window in windows},
+            masks={window: Mask(first_position, window) for window in windows},
+        )
+
+    def _pages(self, slots: Ints, first: Ints, num_pages: Ints, window: int) -> PageList:
+        # the first query, at `first`, sees keys from first - window + 1 on; later ones see less of the past
+        first_page = np.maximum(first - window + 1, 0) // self.block_size if window else np.zeros_like(first)
+        counts = num_pages - first_page
+        start = np.zeros(len(slots) + 1, dtype=np.int32)
+        np.cumsum(counts, out=start[1:])
+        index = np.arange(start[-1], dtype=np.int32) + np.repeat(first_page - start[:-1], counts)
+        return PageList(
+            start=torch.from_numpy(start),
+            block=torch.from_numpy(self.tables[np.repeat(slots, counts), index]),
+            position=torch.from_numpy(index * np.int32(self.block_size)),
+        )
+
+
+def ints(values: array[int]) -> Ints:
+    """A plan's array as numpy. A copy: a view would forbid the plan to grow while it lives."""
+    return np.array(values, dtype=np.int32)
+
+
+def _check_range(name: str, values: Ints, limit: int) -> None:
+    """numpy would take a negative index from the end: a wrong page instead of an error."""
+    if values.size and not (values.min() >= 0 and values.max() < limit):
+        raise InvariantBroken(f"plan: {name}: got {values.min()} to {values.max()}, must be from 0 to {limit - 1}")
