@@ -1,6 +1,6 @@
 # `make test` and `make demo` do all the set-up. Variables:
 #   PYTHON    the interpreter that makes the environment (3.11 or newer)
-#   PIP_ARGS  more arguments for pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#   PIP_ARGS  more arguments for pip, e.g. PIP_ARGS="--extra-index-url INDEX" for CPU builds of torch
 #   MODEL, CASE, BENCH_ARGS  for `make bench`
 PYTHON ?= python3
 PIP_ARGS ?=

@@ -80,5 +80,7 @@ class BuildNative(build_ext):
 
 
 # optional: setuptools then takes it that nothing was built.
-native = Extension("kernels._native", sources=[], depends=[str(path) for path in sorted(SOURCES.iterdir())], optional=True)
+native = Extension(
+    "kernels._native", sources=[], depends=[str(path) for path in sorted(SOURCES.iterdir())], optional=True
+)
 setup(ext_modules=[native], cmdclass={"build_ext": BuildNative})

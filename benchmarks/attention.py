@@ -63,13 +63,12 @@ def decode(name: str, pool: torch.Tensor, rows: int, context: int, order: str, b
     starts = torch.arange(rows + 1, dtype=torch.int32)
     mask = Mask(torch.full((rows,), context - 1, dtype=torch.int32))
     tables = [
-        table(rows, context // BLOCK_SIZE, ids[at : at + blocks])
-        for at in range(0, pool.shape[1] - blocks + 1, blocks)
+        table(rows, context // BLOCK_SIZE, ids[at : at + blocks]) for at in range(0, pool.shape[1] - blocks + 1, blocks)
     ]
     turn = iter(range(10**9))
     num_bytes = blocks * pool.stride(1) * pool.element_size()
     # Both sides take another part of the pool each time, or a cache of 32 MiB would answer for memory.
-    cold = pool.view(-1).split(num_bytes // pool.element_size())[: len(tables)]
+    cold = torch.split(pool.view(-1), num_bytes // pool.element_size())[: len(tables)]
     other = iter(range(len(cold) // 2, 10**9))
 
     def run() -> object:
@@ -77,7 +76,9 @@ def decode(name: str, pool: torch.Tensor, rows: int, context: int, order: str, b
 
     ours, probe = alternate(reps, run, lambda: cpu.read(cold[next(other) % len(cold)]))
     rate, ceiling = num_bytes / ours / 1e9, num_bytes / probe / 1e9
-    return f"decode  {name}  B={rows:<3} context {context:<6} {order:<10} {rate:6.1f} GB/s   {rate / ceiling:5.2f} of read"
+    return (
+        f"decode  {name}  B={rows:<3} context {context:<6} {order:<10} {rate:6.1f} GB/s   {rate / ceiling:5.2f} of read"
+    )
 
 
 def prefill(name: str, dtype: torch.dtype, new: int, context: int, backend: ops.Backend, reps: int) -> str:
@@ -107,7 +108,9 @@ def prefill(name: str, dtype: torch.dtype, new: int, context: int, backend: ops.
     flops = 4 * Q_HEADS * HEAD_DIM * (new * context + new * (new + 1) / 2)
     rate, ceiling = flops / ours / 1e9, 2 * 1024 * 4096 * 4096 / matmul / 1e9
     what = f"{new} new over {context}"
-    return f"prefill {name}  {what:<22} {rate:6.0f} GFLOP/s {rate / ceiling:5.2f} of matmul  {theirs / ours:5.1f} x SDPA"
+    return (
+        f"prefill {name}  {what:<22} {rate:6.0f} GFLOP/s {rate / ceiling:5.2f} of matmul  {theirs / ours:5.1f} x SDPA"
+    )
 
 
 def main() -> None:

@@ -34,11 +34,10 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skipped: frozenset[int] = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
-        # The window: ids[:read] are given as text, the last `_run` ids are an open run of byte tokens. The next text is
-        # decode(ids) after decode(ids[:read]). Older ids are gone once those from `_mark` on decode to some text of
-        # their own: decoders cut at the very beginning only (the first space), which then lies before `_mark`'s end.
+        # The window: ids[:read], given as text by the last push, are the context of what follows, since decoders treat
+        # the very first token in another way (its space is cut). The last `_run` ids are an open run of byte tokens.
         self._ids: list[int] = []
-        self._read = self._mark = self._run = 0
+        self._read = self._run = 0
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that is final with these further tokens."""
@@ -74,10 +73,8 @@ class Detokenizer:
         whole = decode(self._ids[:end], skip_special_tokens=False)
         if hold and whole.endswith(_REPLACEMENT) and end - self._read < _MAX_HELD:
             return ""
-        self._read = end
-        if decode(self._ids[self._mark : end], skip_special_tokens=False):
-            del self._ids[: self._mark]
-            self._read = self._mark = end - self._mark
+        del self._ids[: self._read]
+        self._read = end - self._read
         return whole[len(before) :]
 
 

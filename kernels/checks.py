@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -176,11 +177,11 @@ def _dense(tensor: torch.Tensor, name: str) -> None:
 
 
 def _cpu(tensor: torch.Tensor, name: str) -> None:
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ValueError(f"{name}: got a tensor on {tensor.device}, must be on the CPU")
 
 
 def _offsets(offsets: torch.Tensor, name: str, end: int) -> None:
     values = offsets.tolist()
-    if values[0] != 0 or values[-1] != end or any(a > b for a, b in zip(values, values[1:], strict=False)):
+    if values[0] != 0 or values[-1] != end or any(a > b for a, b in itertools.pairwise(values)):
         raise ValueError(f"{name}: must rise from 0 to {end}")

@@ -9,7 +9,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -54,6 +54,20 @@ class _Pages(ctypes.Structure):
     ]
 
 
+_INT, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
+_MESSAGE = (ctypes.c_char_p, _INT)
+_PAGES = ctypes.POINTER(_Pages)
+# Result and arguments of each function in csrc/exports.h.
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "quire_levels": (_INT,),
+    "quire_attend": (_INT, ctypes.POINTER(_Call), *_MESSAGE),
+    "quire_merge": (None, _ADDRESS, _ADDRESS, _INT, _INT, _INT, _ADDRESS, _ADDRESS, _INT),
+    "quire_write_kv": (_INT, _PAGES, _ADDRESS, _INT, _ADDRESS, _INT, _INT, _ADDRESS, _INT, *_MESSAGE),
+    "quire_copy_pages": (_INT, _PAGES, _ADDRESS, _ADDRESS, _INT, *_MESSAGE),
+    "quire_read": (ctypes.c_uint64, _ADDRESS, _INT),
+}
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """The library, or why it cannot be used."""
@@ -61,27 +75,9 @@ def _library() -> ctypes.CDLL | str:
         return "The native kernels (kernels/_native.so) are not built."
     try:
         library = ctypes.CDLL(str(LIBRARY))
-        library.quire_levels.restype = ctypes.c_int64
-        library.quire_levels.argtypes = []
-        message = [ctypes.c_char_p, ctypes.c_int64]
-        library.quire_attend.restype = ctypes.c_int64
-        library.quire_attend.argtypes = [ctypes.POINTER(_Call), *message]
-        library.quire_merge.restype = None
-        library.quire_merge.argtypes = [
-            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
-            *(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64),
-        ]
-        library.quire_write_kv.restype = ctypes.c_int64
-        library.quire_write_kv.argtypes = [
-            *(ctypes.POINTER(_Pages), ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64),
-            *(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, *message),
-        ]
-        library.quire_copy_pages.restype = ctypes.c_int64
-        library.quire_copy_pages.argtypes = [
-            *(ctypes.POINTER(_Pages), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, *message),
-        ]
-        library.quire_read.restype = ctypes.c_uint64
-        library.quire_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        for name, (result, *arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         return f"The native kernels (kernels/_native.so) do not load: {error}."
     return library
@@ -138,16 +134,7 @@ class Native:
         """See `kernels.ops.attend`."""
         out = torch.empty(q_THD.shape, dtype=torch.float32)
         lse = torch.empty(q_THD.shape[:2], dtype=torch.float32)
-        table = (_Pool * len(pools))(
-            *(
-                (
-                    each.data_ptr() + layer * each.stride(0) * each.element_size(),
-                    each.stride(1) * each.element_size(),
-                    each.shape[1],
-                )
-                for each in pools
-            )
-        )
+        table = (_Pool * len(pools))(*(_pool(each, layer) for each in pools))
         kv_heads, block_size, head_dim = pools[0].shape[3:]
         call = _Call(
             q_THD.data_ptr(),
@@ -204,6 +191,11 @@ class Native:
         message = ctypes.create_string_buffer(MESSAGE_BYTES)
         ids = (source.data_ptr(), target.data_ptr(), source.shape[0])
         _raise(self._library.quire_copy_pages(_pages(pool), *ids, message, MESSAGE_BYTES), message)
+
+
+def _pool(pool: torch.Tensor, layer: int) -> _Pool:
+    size = pool.element_size()
+    return _Pool(pool.data_ptr() + layer * pool.stride(0) * size, pool.stride(1) * size, pool.shape[1])
 
 
 def _pages(pool: torch.Tensor) -> _Pages:

@@ -295,9 +295,10 @@ class ShardScheduler:
         return min(heads, key=_AGE) if heads else None
 
     def _prompt_share(self, budget: int, candidates: int) -> int:
-        """Tokens that each of the prompts in progress may take: equal parts, whole pages."""
+        """Tokens that each prompt may take: equal parts, whole pages. One part is left for short prompts that arrive while
+        as many long ones as allowed are in progress."""
         size = self.config.block_size
-        parts = max(1, min(candidates, self.config.max_num_partial_prefills))
+        parts = max(1, min(candidates, self.config.max_num_partial_prefills + 1))
         return max(size, budget // parts // size * size)
 
     def _plan_prompts(self, prefills: list[Sequence], share: int, step: Step) -> None:

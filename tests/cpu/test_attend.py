@@ -68,9 +68,7 @@ class Case:
     mask: Mask
 
     def run(self, backend: ops.Backend) -> tuple[torch.Tensor, torch.Tensor]:
-        return ops.attend(
-            self.q, self.query_start, self.pools, self.layer, self.pages, self.mask, backend=backend
-        )
+        return ops.attend(self.q, self.query_start, self.pools, self.layer, self.pages, self.mask, backend=backend)
 
     def truth(self) -> tuple[torch.Tensor, torch.Tensor]:
         exact = replace(self, q=self.q.double(), pools=[pool.double() for pool in self.pools])
@@ -215,9 +213,7 @@ class TestAttend:
         empty = Case(case.q[:0], ints([0]), case.pools, 0, PageList(ints([0]), ints([]), ints([])), Mask(ints([])))
         assert [tuple(each.shape) for each in empty.run(ops.pick(level))] == [(0, 4, 64), (0, 4)]
 
-    def test_listed_pages_may_have_gaps_and_lie_ahead(
-        self, rng: random.Random, level: str, dtype: torch.dtype
-    ) -> None:
+    def test_listed_pages_may_have_gaps_and_lie_ahead(self, rng: random.Random, level: str, dtype: torch.dtype) -> None:
         """Some pages left out, in one row all; the pages of tokens to come are listed too."""
         case = make(rng, Shape(((1, 500), (30, 300), (20, 100)), 4, 2, 64, dtype=dtype))
         bounds = case.pages.start.tolist()
@@ -257,9 +253,7 @@ class TestAttend:
         assert float((out - want).norm() / want.norm()) < LIMIT[dtype]
         assert float((lse - want_lse).abs().max()) < 1e-5
 
-    def test_queries_may_be_a_slice_of_a_wider_matrix(
-        self, rng: random.Random, level: str, dtype: torch.dtype
-    ) -> None:
+    def test_queries_may_be_a_slice_of_a_wider_matrix(self, rng: random.Random, level: str, dtype: torch.dtype) -> None:
         case = make(rng, Shape(((1, 40), (30, 10)), 4, 2, 64, dtype=dtype))
         wide = torch.full((31, 12, 64), torch.nan, dtype=dtype)
         wide[:, 3:7] = case.q

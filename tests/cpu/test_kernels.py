@@ -1,4 +1,4 @@
-"""write_kv, copy_pages and merge of every backend; the checks of all arguments; the choice and the build of backends."""
+"""write_kv, copy_pages and merge of every backend; the checks of all arguments; choice and build of backends."""
 
 from __future__ import annotations
 
@@ -134,7 +134,9 @@ def good() -> dict[str, object]:
     }
 
 
-def paged(start: torch.Tensor, block: torch.Tensor, position: torch.Tensor, pool: torch.Tensor | None) -> Callable:
+def paged(
+    start: torch.Tensor, block: torch.Tensor, position: torch.Tensor, pool: torch.Tensor | None
+) -> Callable[[], dict[str, object]]:
     return lambda: {"pages": PageList(start, block, position, pool)}
 
 
@@ -200,21 +202,21 @@ def test_attend_takes_the_arguments_that_the_refusals_start_from(level: str) -> 
 def test_the_other_calls_check_their_arguments() -> None:
     pool, k = torch.zeros(2, 6, 2, 2, 4, 16), torch.zeros(3, 2, 16)
     slots = torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(ValueError, match="^slots"):
+    with pytest.raises(ValueError, match=r"^slots"):
         ops.write_kv(k, k, pool, 0, slots.int())
-    with pytest.raises(ValueError, match="^slots"):
+    with pytest.raises(ValueError, match=r"^slots"):
         ops.write_kv(k, k, pool, 0, slots[:2])
-    with pytest.raises(ValueError, match="^v"):
+    with pytest.raises(ValueError, match=r"^v"):
         ops.write_kv(k, k[:2], pool, 0, slots)
-    with pytest.raises(ValueError, match="^k"):
+    with pytest.raises(ValueError, match=r"^k"):
         ops.write_kv(k.bfloat16(), k, pool, 0, slots)
-    with pytest.raises(ValueError, match="^layer"):
+    with pytest.raises(ValueError, match=r"^layer"):
         ops.write_kv(k, k, pool, 2, slots)
-    with pytest.raises(ValueError, match="^target"):
+    with pytest.raises(ValueError, match=r"^target"):
         ops.copy_pages(pool, ints(0, 1), ints(0))
-    with pytest.raises(ValueError, match="^lses"):
+    with pytest.raises(ValueError, match=r"^lses"):
         ops.merge(torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 5))
-    with pytest.raises(ValueError, match="^outs"):
+    with pytest.raises(ValueError, match=r"^outs"):
         ops.merge(torch.zeros(2, 3, 4, 8, dtype=torch.bfloat16), torch.zeros(2, 3, 4))
 
 

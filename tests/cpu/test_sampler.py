@@ -383,7 +383,16 @@ def test_best_is_a_stable_sort(values: list[float], data: st.DataObject) -> None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("p", [{"temperature": 0}, {}, {"top_k": 3}, {"logit_bias": {4: -100.0}, "logprobs": 2}])
+@pytest.mark.parametrize(
+    "p",
+    [
+        {"temperature": 0},
+        {},
+        {"top_k": 3},
+        {"logit_bias": {4: -100.0}, "logprobs": 2},
+        {"min_tokens": 3, "stop_token_ids": (4,)},
+    ],
+)
 def test_a_row_that_is_not_finite_fails_alone(bad: float, p: dict[str, Any]) -> None:
     vocab = 10
     logits = random_logits(3, vocab, 8)
@@ -393,6 +402,13 @@ def test_a_row_that_is_not_finite_fails_alone(bad: float, p: dict[str, Any]) -> 
     tokens, logprobs = made.sample(logits, array("i", [0, 1, 2]), array("i", [5, 5, 5]))
     assert tokens.tolist() == [expected[0], -1, expected[2]]
     assert sorted(logprobs) == ([0, 2] if "logprobs" in p else [])
+
+
+def test_a_failed_row_is_not_counted() -> None:
+    made = sampler(8, admit(temperature=0, min_tokens=1, stop_token_ids=(7,), frequency_penalty=2.0))
+    assert sample(made, torch.full((1, 8), math.nan), [0], [5]) == [-1]
+    logits = torch.arange(8, dtype=torch.float32)[None]
+    assert [sample(made, logits, [0], [5 + i])[0] for i in range(2)] == [6, 7]
 
 
 def test_a_row_with_every_token_masked_fails() -> None:
@@ -461,6 +477,14 @@ def test_scores_of_prompt_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.sampler._CHUNK", 2 * vocab)
     assert made.score(logits, tokens, slots) == whole
     assert made.score(logits[:0], array("i"), array("i")) == []
+
+
+def test_equal_logits_rank_by_id() -> None:
+    made = sampler(6, admit(0, prompt_logprobs=3))
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, 2.0, 1.0]])
+    scores = [made.score(logits, array("i", [token]), array("i", [0]))[0] for token in range(6)]
+    assert [each.rank for each in scores] == [6, 1, 4, 2, 3, 5]
+    assert [token for token, _ in scores[0].top] == [1, 3, 4]
 
 
 def test_more_logprobs_than_tokens() -> None:
