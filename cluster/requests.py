@@ -26,6 +26,8 @@ NOT_BUILT = (
     *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
     *("lora", "adapter", "use_beam_search"),
 )
+MAX_DEPTH = 8
+_HOLDS = (list, tuple, dict)
 # May be null in JSON, which is the same as leaving them out.
 _NULLABLE = ("request_id", "cache_salt", "seed", "max_tokens", "logprobs", "prompt_logprobs")
 
@@ -58,7 +60,7 @@ def parse_request(
     Raises:
         InvalidRequest, NotSupported: with the field as the object spells it.
     """
-    _check_names(raw)
+    _check_shape(raw)
     given = {key: value for key, value in raw.items() if not (value is None and key in _NULLABLE)}
     params = _read_params(given)
     request_id = check_request_id(given.get("request_id", request_id))
@@ -83,17 +85,33 @@ def parse_request(
     )
 
 
-def _check_names(raw: Mapping[str, Any]) -> None:
+def _check_shape(raw: Mapping[str, Any]) -> None:
+    if not isinstance(raw, Mapping):
+        raise InvalidRequest("request", raw, "be a JSON object", 'like {"prompt": "..."}')
     for key in raw:
+        if type(key) is not str:
+            raise InvalidRequest("request", key, "have strings as keys")
         if key in KNOWN:
+            if _is_deep(raw[key]):
+                raise InvalidRequest(key, "deeper lists and objects", f"be nested at most {MAX_DEPTH} deep")
             continue
         if key in NOT_BUILT:
             raise NotSupported(f"{key}: is not built; leave it out")
         # what stands before the colon is the user's own word: cut, and escaped unless it is plain
-        name = key if key.isprintable() and len(key) <= 60 else repr(key[:40])
+        name = key if key.isprintable() and 1 <= len(key) <= 60 else repr(key[:40])
         near = difflib.get_close_matches(name[:60], KNOWN, n=1)
         cure = f"did you mean {near[0]}?" if near else "leave it out"
-        raise InvalidRequest(name, raw[key], "not be given: there is no such field", cure)
+        value = "deep lists and objects" if _is_deep(raw[key]) else raw[key]
+        raise InvalidRequest(name, value, "not be given: there is no such field", cure)
+
+
+def _is_deep(value: object) -> bool:
+    """Whether lists and objects stand in each other too deeply: a thousand levels could not even be shown."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        held = [each.values() if isinstance(each, Mapping) else each for each in level if isinstance(each, _HOLDS)]
+        level = [each for values in held for each in values if isinstance(each, _HOLDS)]
+    return bool(level)
 
 
 def _read_params(given: Mapping[str, Any]) -> SamplingParams:
@@ -188,6 +206,9 @@ class _Twice(Exception):
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Twice(next(name for at, name in enumerate(names) if name in names[:at]))
+        seen = set[str]()
+        for name, _ in pairs:
+            if name in seen:
+                raise _Twice(name)
+            seen.add(name)
     return found

@@ -228,12 +228,10 @@ def _plain(line: dict[str, Any]) -> str:
 
 
 def chat(found: argparse.Namespace, engine: Effective) -> int:
-    """Turn by turn, until the input ends. A turn that fails is taken back, and the talk goes on."""
-    from pagetable.sampling import SamplingParams
-
-    given: dict[str, Any] = {"max_tokens": 512}
-    given |= {name: tuple(value) if isinstance(value, list) else value for name, value in sampling_of(found).items()}
-    params = SamplingParams(**given)
+    """Turn by turn, until the input ends; text appears as it comes. A failed turn is taken back."""
+    given = {"max_tokens": 512, **sampling_of(found)}
+    if given.get("n", 1) != 1:
+        raise UsageError("--n: a chat has one answer; use quire generate for several")
     llm = start(engine)
     opening = [{"role": "system", "content": found.system}] if found.system else []
     messages = list(opening)
@@ -243,16 +241,25 @@ def chat(found: argparse.Namespace, engine: Effective) -> int:
             messages = list(opening)
             continue
         messages.append({"role": "user", "content": turn})
+        answer = ""
         try:
-            answer = llm.chat(messages, params)[0].outputs[0].text
+            for output in llm.stream({**given, "messages": messages}):
+                grown = output.outputs[0].text
+                print(_printable(grown[len(answer) :]), end="", flush=True)
+                answer = grown
         except QuireError as error:
             note(f"error: {' '.join(str(error).split())}")
             messages.pop()
             failed = True
             continue
-        print(answer, flush=True)
+        print(flush=True)
         messages.append({"role": "assistant", "content": answer})
     return 1 if failed else 0
+
+
+def _printable(text: str) -> str:
+    """Half a surrogate pair, which a terminal cannot show, as its escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _turns() -> Iterator[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
@@ -25,10 +25,10 @@ from launch.config import EngineConfig
 from launch.memory import MemoryPlan
 from launch.outputs import Collector, CompletionOutput, RequestOutput
 from pagetable.allocator import BlockAllocator
-from pagetable.errors import NotFound, QuireError
+from pagetable.errors import AlreadyExists, InvalidRequest, NotFound, QuireError
 from pagetable.ids import DeviceId
 from pagetable.page import PagePool
-from pagetable.sampling import Limits, SamplingParams
+from pagetable.sampling import Limits, Request, SamplingParams
 from worker.kv_cache import PagedKVCache
 from worker.loop import Loop
 from worker.model import Decoder
@@ -46,7 +46,7 @@ Raw: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 Progress: TypeAlias = Callable[[int, int], None]
 
-_AHEAD = 2  # requests parsed ahead, in units of max_num_seqs: a long file is not tokenized before its first token
+_AHEAD = 2  # requests queued ahead, in units of max_num_seqs: a long file is not tokenized before its first token
 
 
 class LLM:
@@ -85,7 +85,8 @@ class LLM:
         torch.set_num_threads(config.num_threads)
         self.loop = Loop(self._scheduler(), self._runner(folder, progress))
         self._collectors: dict[str, Collector] = {}
-        self._arrivals = 0
+        self._arrivals = 0  # requests admitted
+        self._names = 0  # ids given to requests that bring none
 
     def describe(self) -> list[str]:
         """What was loaded and what fits, for people."""
@@ -106,7 +107,7 @@ class LLM:
 
         Errors: InvalidRequest, before anything runs, where one may not be.
         """
-        many = list(prompts) if isinstance(prompts, (list, tuple)) and not _is_ids(prompts) else [prompts]
+        many: list[Any] = list(prompts) if isinstance(prompts, (list, tuple)) and not _is_ids(prompts) else [prompts]
         return self._complete([_prompt_fields(prompt) for prompt in many], sampling_params)
 
     def chat(
@@ -126,71 +127,61 @@ class LLM:
         names: dict[str, int] = {}
         waiting = enumerate(raws)
         more = True
-        while more or self.loop.has_work:
-            while more and self.loop.scheduler.num_waiting < _AHEAD * self.config.max_num_seqs:
-                index, raw = next(waiting, (-1, None))
-                if raw is None:
-                    more = False
-                    break
-                try:
-                    if isinstance(raw, QuireError):
-                        raise raw
-                    names[self.add_request(raw)] = index
-                except QuireError as error:
-                    results[index] = error
-            for output in self.step():
-                if output.finished:
-                    results[names.pop(output.request_id)] = self.pop(output.request_id)
+        try:
+            while more or names:
+                while more and self._has_room:
+                    index, raw = next(waiting, (-1, {}))
+                    if index < 0:
+                        more = False
+                        break
+                    try:
+                        if isinstance(raw, QuireError):
+                            raise raw
+                        names[self.add_request(raw)] = index
+                    except QuireError as error:
+                        results[index] = error
+                for output in self.step():
+                    if output.finished and output.request_id in names:
+                        results[names.pop(output.request_id)] = self.pop(output.request_id)
+        except BaseException:
+            self._drop(names)
+            raise
         return [results[index] for index in sorted(results)]
 
     # Step by step
 
     def add_request(self, raw: Raw) -> str:
         """Queue one JSON object's request; its id. Errors as `parse_request` and `Loop.add`."""
-        self._arrivals += 1
-        request = parse_request(
-            raw,
-            self.limits,
-            text=self.text,
-            request_id=str(self._arrivals - 1),
-            seed=_seed(self.config.seed, self._arrivals),
-            eos_token_ids=self.eos_token_ids,
-        )
-        prompt = raw["prompt"] if isinstance(raw.get("prompt"), str) else None
-        self.loop.add(request)
-        self._collectors[request.request_id] = Collector(request, prompt, self.tokenizer)
-        return request.request_id
+        return self._submit(self._parse(raw), raw)
 
     def fork(self, request_id: str, sample_index: int = 0, **changes: Any) -> str:
         """Split a running sample: a new request goes on from its tokens so far and shares their pages.
 
         Args:
             changes: sampling fields that differ; a `seed` of its own is drawn where none is given. `max_tokens`
-            counts from the
-                prompt, as in the forked request.
+            counts from the prompt, as in the forked request, whose prompt logprobs are not repeated.
 
-        Returns the new request's id. Errors: NotFound where the sample does not run.
+        Returns the new request's id. Errors: NotFound where the sample does not run; InvalidRequest.
         """
         parent = self._collectors.get(request_id)
         if parent is None or not 0 <= sample_index < len(parent.output.outputs):
             raise NotFound(f"sample {sample_index} of request {request_id!r} is not in flight")
+        sample = parent.output.outputs[sample_index]
         origin = self.loop.scheduler.request(request_id)
-        self._arrivals += 1
-        params = {**_params_fields(origin.params), "n": 1, "seed": _seed(self.config.seed, self._arrivals), **changes}
-        raw = {"prompt_token_ids": list(origin.prompt), **params}
+        fields = _params_fields(origin.params) | {"n": 1, "seed": None, "prompt_logprobs": None} | changes
+        raw: dict[str, Any] = {"prompt_token_ids": list(origin.prompt), **_as_lists(fields)}
         if origin.cache_salt:
             raw["cache_salt"] = origin.cache_salt
-        request = parse_request(
-            raw,
-            self.limits,
-            text=self.text,
-            request_id=str(self._arrivals - 1),
-            seed=0,
-            eos_token_ids=self.eos_token_ids,
-        )
+        request = self._parse(raw)
+        for name, missing in (("prompt_logprobs", True), ("logprobs", sample.logprobs is None)):
+            asked = getattr(request.params, name)
+            if missing and asked is not None:
+                raise InvalidRequest(name, asked, "be left out in this fork", "ask for them in the forked request")
+        self._refuse_known(request.request_id)
         self.loop.fork(request_id, sample_index, request)
+        self._arrivals += 1
         collector = Collector(request, parent.output.prompt, self.tokenizer)
-        collector.inherit(parent.output.outputs[sample_index])
+        collector.inherit(sample)
         self._collectors[request.request_id] = collector
         return request.request_id
 
@@ -214,22 +205,30 @@ class LLM:
         return list(moved.values())
 
     def pop(self, request_id: str) -> RequestOutput:
-        """Take a finished request's output out of the engine's books."""
+        """Take a finished request's output out of the engine's books. Raises NotFound where there is none."""
+        collector = self._collectors.get(request_id)
+        if collector is None or not collector.output.finished:
+            raise NotFound(f"request {request_id!r} has no finished output here")
         return self._collectors.pop(request_id).output
 
     def stream(self, raw: Raw) -> Iterator[RequestOutput]:
-        """Run one request and yield its output each time it has grown. Closing the iterator aborts the request."""
+        """Run one request and yield its output each time it has grown, at last when it has finished.
+
+        Closing the iterator aborts the request. Several streams may run side by side.
+        """
         request_id = self.add_request(raw)
         output = self._collectors[request_id].output
+        finished = False
         try:
-            while not output.finished:
-                if any(moved is output for moved in self.step()):
+            while not finished:
+                # another stream's step may have brought the end
+                moved = output.finished or any(each is output for each in self.step())
+                finished = output.finished
+                if moved:
                     yield output
         finally:
-            if output.finished:
-                self.pop(request_id)
-            else:
-                self.abort(request_id)
+            if request_id in self._collectors:  # unless somebody else aborted it
+                self._drop([request_id])
 
     def _complete(
         self, raws: list[dict[str, Any]], sampling_params: SamplingParams | Sequence[SamplingParams] | None
@@ -243,18 +242,62 @@ class LLM:
                 f"sampling_params: got {len(each)}, must be one, or one for each of the {len(raws)} prompts"
             )
         whole = [{**_params_fields(params), **raw} for params, raw in zip(each, raws, strict=True)]
-        parsed = deque(whole)
-        names = []
+        parsed = [(self._parse(raw, ahead), raw) for ahead, raw in enumerate(whole)]
+        ids = set[str]()
+        for request, _ in parsed:
+            self._refuse_known(request.request_id, ids)
+            ids.add(request.request_id)
+        waiting, running, names = deque(parsed), set[str](), list[str]()
         try:
-            while parsed:
-                names.append(self.add_request(parsed.popleft()))
-        except QuireError:
-            for name in names:
-                self.abort(name)
+            while waiting or running:
+                while waiting and self._has_room:
+                    names.append(self._submit(*waiting.popleft()))
+                    running.add(names[-1])
+                running -= {output.request_id for output in self.step() if output.finished}
+        except BaseException:
+            self._drop(names)
             raise
-        while any(not self._collectors[name].output.finished for name in names):
-            self.step()
         return [self.pop(name) for name in names]
+
+    @property
+    def _has_room(self) -> bool:
+        scheduler = self.loop.scheduler
+        return scheduler.num_waiting < min(_AHEAD * self.config.max_num_seqs, scheduler.config.max_waiting)
+
+    def _parse(self, raw: Raw, ahead: int = 0) -> Request:
+        """An admitted request. `ahead` others are parsed and will be submitted before it: seeds go by arrival."""
+        self._names += 1
+        while f"auto-{self._names}" in self._collectors:  # somebody chose that very id
+            self._names += 1
+        return parse_request(
+            raw,
+            self.limits,
+            text=self.text,
+            request_id=f"auto-{self._names}",
+            seed=_seed(self.config.seed, self._arrivals + ahead + 1),
+            eos_token_ids=self.eos_token_ids,
+        )
+
+    def _submit(self, request: Request, raw: Raw) -> str:
+        self._refuse_known(request.request_id)
+        self.loop.add(request)
+        self._arrivals += 1
+        prompt = raw["prompt"] if isinstance(raw.get("prompt"), str) else None
+        self._collectors[request.request_id] = Collector(request, prompt, self.tokenizer)
+        return request.request_id
+
+    def _refuse_known(self, request_id: str, others: Collection[str] = ()) -> None:
+        """The scheduler forgets an id when its request ends; here its output may still wait to be taken."""
+        if request_id in self._collectors or request_id in others:
+            raise AlreadyExists(f"request_id {request_id!r} is in flight; choose another or wait for its end")
+
+    def _drop(self, names: Iterable[str]) -> None:
+        """Forget requests, running or finished."""
+        for name in list(names):
+            if self._collectors[name].output.finished:
+                self.pop(name)
+            else:
+                self.abort(name)
 
     def _scheduler(self) -> ShardScheduler:
         shard = self.plan.shard
@@ -302,7 +345,10 @@ def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
 
 def _params_fields(params: SamplingParams) -> dict[str, Any]:
     """As a raw object's fields."""
-    fields = {each.name: getattr(params, each.name) for each in dataclasses.fields(params)}
+    return _as_lists({each.name: getattr(params, each.name) for each in dataclasses.fields(params)})
+
+
+def _as_lists(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 

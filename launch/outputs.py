@@ -37,7 +37,7 @@ class RequestOutput:
     """All samples of one request.
 
     Attributes:
-        prompt: the text, where the prompt was text or a chat.
+        prompt: the text, where the prompt was text.
         prompt_logprobs: one entry a prompt token where the request asked; the first is None, since nothing predicts it.
         num_cached_tokens: prompt tokens whose pages were there (or being filled) when the request was admitted.
     """
@@ -103,8 +103,11 @@ class Collector:
         self._texts = [SampleText(request, tokenizer) for _ in range(params.n)]
 
     def inherit(self, other: CompletionOutput) -> None:
-        """A fork begins with the tokens that the forked sample has emitted."""
+        """A fork begins with the tokens that the forked sample has emitted, and their logprobs where it has any."""
         own = self.output.outputs[0]
+        if own.logprobs is not None and other.logprobs is not None:
+            own.logprobs += other.logprobs
+            own.cumulative_logprob = other.cumulative_logprob
         for token in other.token_ids:
             own.token_ids.append(token)
             own.text += self._texts[0].push(token, ended_by_token=False)[0]

@@ -128,6 +128,13 @@ class ModelConfig:
         Errors: ModelError names the file, the field and the limit; NotSupported names what is not built.
         """
         folder = Path(folder)
+        try:
+            return cls._read(folder)
+        except OSError as error:  # a part of the path may not be entered, or is too long
+            raise ModelError(f"model: {shown(str(folder))} cannot be read ({error.strerror})") from None
+
+    @classmethod
+    def _read(cls, folder: Path) -> ModelConfig:
         if not folder.is_dir():
             raise ModelError(f"model: {shown(str(folder))} is no folder, must be a Hugging Face model folder")
         code = sorted(path.name for path in folder.glob("*.py"))

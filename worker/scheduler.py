@@ -32,10 +32,11 @@ from pagetable.errors import (
     Overloaded,
     WrongState,
 )
-from pagetable.ids import LogicalPageId, PlanNumber, SequenceId
+from pagetable.ids import PlanNumber, SequenceId
 from pagetable.page import PagePool
-from pagetable.prefix_tree import extend_digests, root_digest
+from pagetable.prefix_tree import root_digest
 from pagetable.sampling import Request
+from worker.admission import Admission
 from worker.config import ShardConfig
 from worker.plan import Plan, StepResult
 from worker.sequence import NO_SLOT, FinishReason, Sequence, State, TokenOutput
@@ -60,6 +61,7 @@ class ShardScheduler:
         self.waiting: list[Sequence] = []  # oldest first
         self.running: list[Sequence] = []  # PREFILL and DECODE, oldest first
         self.num_preemptions = 0
+        self._admission = Admission(config, pool)
         self._identity = identity
         self._requests: dict[str, dict[int, Sequence]] = {}  # unfinished, by request id and sample index
         self._forks: dict[SequenceId, list[Sequence]] = {}  # FORK sequences by parent
@@ -161,7 +163,7 @@ class ShardScheduler:
         step = Step(self._next_plan, self.config.max_num_batched_tokens - len(decodes), oldest, self.config, self.pool)
         prefills = [s for s in self.running if s.state is State.PREFILL]
         self._was_short, self._short_of_pages = self._short_of_pages, False
-        share = self._prompt_share(step.budget, len(prefills) + len(self.waiting))
+        share = self._admission.share(step.budget, len(prefills) + len(self.waiting))
         if oldest.state is State.WAIT:
             self._admit(oldest, share, step)
         elif oldest.state is State.PREFILL:
@@ -260,22 +262,11 @@ class ShardScheduler:
     # Admission
 
     def _refuse(self, request: Request) -> None:
-        """The engine's own check, whatever front end the request came through."""
-        params, length = request.params, len(request.prompt)
         if request.request_id in self._requests:
             raise AlreadyExists(f"request_id {request.request_id!r} is in flight; choose another or wait for its end")
         if len(self.waiting) >= self.config.max_waiting:
             raise Overloaded(f"the queue is full ({self.config.max_waiting} requests); try again later")
-        if params.max_tokens is None or params.seed is None:
-            raise InvalidRequest("max_tokens", params.max_tokens, "be filled in at admission, like seed")
-        total = length + params.max_tokens
-        if not 0 < length < total <= self.config.max_model_len:
-            raise InvalidRequest(
-                "max_tokens", params.max_tokens, f"fit with {length} prompt tokens in {self.config.max_model_len}"
-            )
-        if -(-total // self.config.block_size) > self.pool.num_pages:
-            limit = f"fit with {length} prompt tokens in the pool of {self.pool.num_pages} pages (exceeds_pool)"
-            raise InvalidRequest("max_tokens", params.max_tokens, limit, "send less or give the pool more memory")
+        self._admission.refuse(request)
 
     def _sequence(self, request: Request, index: int) -> Sequence:
         table = BlockTable(self.pool, self.config.block_size)
@@ -294,13 +285,6 @@ class ShardScheduler:
         heads = [queue[0] for queue in (self.running, self.waiting) if queue]
         return min(heads, key=_AGE) if heads else None
 
-    def _prompt_share(self, budget: int, candidates: int) -> int:
-        """Tokens that each prompt may take: equal parts, whole pages. One part is left for short prompts that arrive while
-        as many long ones as allowed are in progress."""
-        size = self.config.block_size
-        parts = max(1, min(candidates, self.config.max_num_partial_prefills + 1))
-        return max(size, budget // parts // size * size)
-
     def _plan_prompts(self, prefills: list[Sequence], share: int, step: Step) -> None:
         turn = (
             step.plan.number % len(prefills) if prefills else 0
@@ -308,7 +292,7 @@ class ShardScheduler:
         for sequence in prefills[turn:] + prefills[:turn]:
             if sequence.state is State.PREFILL and sequence.sequence_id not in step.rows:
                 self._plan_chunk(sequence, share, step)
-        promised = self._promised()
+        promised = self._admission.promised(self.running)
         for sequence in self.waiting[:_ADMISSION_SCAN]:
             if step.budget <= 0 or not self._free_slots:
                 break
@@ -318,42 +302,24 @@ class ShardScheduler:
                 and self._may_enter(sequence, share, step, promised)
             ):
                 self._admit(sequence, share, step)
-                promised = self._promised()
+                promised = self._admission.promised(self.running)
         for row in list(step.rows.values()):  # what is left of the budget goes to the oldest prompts
             if step.budget <= 0:
                 break
-            if row.sequence.state is State.PREFILL and not self._match(row.sequence):
+            if row.sequence.state is State.PREFILL and not self._admission.match(row.sequence):
                 self._plan_chunk(row.sequence, step.budget, step)
 
-    def _promised(self) -> tuple[int, int]:
-        """Prompts in progress, and the pages that they still need."""
-        size = self.config.block_size
-        partial = [s for s in self.running if s.state is State.PREFILL]
-        return len(partial), sum(-(-len(s.tokens) // size) - len(s.table) for s in partial)
-
     def _may_enter(self, sequence: Sequence, share: int, step: Step, promised: tuple[int, int]) -> bool:
-        """Whether a waiting sequence fits beside the running ones, all prompts in progress and a page for each
-        decode."""
-        matched = self._match(sequence)
-        size = self.config.block_size
-        remaining = len(sequence.tokens) - len(matched) * size
-        if remaining > min(share, step.budget) and promised[0] >= self.config.max_num_partial_prefills:
+        admission = self._admission
+        matched = admission.match(sequence)
+        remaining = len(sequence.tokens) - len(matched) * self.config.block_size
+        if not admission.may_start(remaining, min(share, step.budget), promised[0]):
             return False
-        order = self.pool.order
-        available = self.pool.num_available - sum(page in order for page in matched)
-        needed = -(-len(sequence.tokens) // size) - len(matched)
-        fits = needed + promised[1] + len(self.running) <= available
+        fits = admission.fits(sequence, matched, promised[1], len(self.running))
         if fits and sequence.preemptions >= self.config.max_preemptions:
-            fits = self._beyond_preemption(sequence)
+            fits = admission.beyond_preemption(sequence, self.sequences())
         self._short_of_pages |= not fits
         return fits
-
-    def _beyond_preemption(self, sequence: Sequence) -> bool:
-        """Whether it and all older sequences fit at their longest: then it never is the youngest when room runs out."""
-        size = self.config.block_size
-        older = [s for s in self.sequences() if s.order <= sequence.order]
-        pages = sum(-(-s.max_length // size) for s in older)
-        return pages <= self.pool.num_pages and len(older) <= self.config.max_num_seqs
 
     def _admit(self, sequence: Sequence, share: int, step: Step) -> None:
         """WAIT -> PREFILL, with a slot, matched pages and a first chunk."""
@@ -366,16 +332,6 @@ class ShardScheduler:
         sequence.slot = self._free_slots.pop()
         sequence.state = State.PREFILL
         self._plan_chunk(sequence, share, step)
-
-    def _match(self, sequence: Sequence) -> list[LogicalPageId]:
-        """Pages in the tree that hold the sequence's next tokens; the last token is always computed, for its logits."""
-        size = self.config.block_size
-        first, last = sequence.num_computed // size, (len(sequence.tokens) - 1) // size
-        scoring = sequence.num_scored < sequence.prompt_length - 1  # prompt logprobs need every row
-        if not self.config.enable_prefix_caching or sequence.num_computed % size or first >= last or scoring:
-            return []
-        extend_digests(sequence.digests, sequence.root, sequence.tokens, size, last)
-        return self.pool.tree.match(islice(sequence.digests, first, last))
 
     # Rows
 
@@ -393,7 +349,7 @@ class ShardScheduler:
     def _plan_chunk(self, sequence: Sequence, most: int, step: Step) -> None:
         """Plan the next `most` prompt tokens (or what fits); behind its row of this plan where there is one."""
         table, size = sequence.table, self.config.block_size
-        if sequence.sequence_id not in step.rows and (matched := self._match(sequence)):
+        if sequence.sequence_id not in step.rows and (matched := self._admission.match(sequence)):
             table.adopt(matched)
             sequence.num_computed = table.num_tokens
             sequence.num_sealed = len(table)

@@ -9,6 +9,7 @@ from itertools import islice
 
 import pytest
 
+import worker.admission
 import worker.scheduler
 import worker.step
 from pagetable.allocator import NO_PLAN, BlockAllocator
@@ -18,6 +19,7 @@ from pagetable.ids import LogicalPageId, PageRef, PlanNumber
 from pagetable.page import PagePool
 from pagetable.prefix_tree import NO_PAGE
 from tests.simulation import Simulation
+from worker.admission import Admission
 from worker.scheduler import ShardScheduler
 from worker.sequence import FinishReason, Sequence
 from worker.step import Step
@@ -101,7 +103,7 @@ def digest_without_its_parent(patch: Patch) -> None:
         for index in range(len(digests), pages):
             digests.append(sha256(root + tokens[index * size : (index + 1) * size].tobytes()).digest())
 
-    patch.setattr(worker.scheduler, "extend_digests", alone)
+    patch.setattr(worker.admission, "extend_digests", alone)
     patch.setattr(worker.step, "extend_digests", alone)
 
 
@@ -112,15 +114,15 @@ def salt_forgotten(patch: Patch) -> None:
 
 @bug
 def match_covers_the_last_token(patch: Patch) -> None:
-    def greedy(self: ShardScheduler, sequence: Sequence) -> list[LogicalPageId]:
+    def greedy(self: Admission, sequence: Sequence) -> list[LogicalPageId]:
         size = self.config.block_size
         first, last = sequence.num_computed // size, len(sequence.tokens) // size
         if not self.config.enable_prefix_caching or sequence.num_computed % size:
             return []
-        worker.scheduler.extend_digests(sequence.digests, sequence.root, sequence.tokens, size, last)
+        worker.admission.extend_digests(sequence.digests, sequence.root, sequence.tokens, size, last)
         return self.pool.tree.match(islice(sequence.digests, first, last))
 
-    patch.setattr(ShardScheduler, "_match", greedy)
+    patch.setattr(Admission, "match", greedy)
 
 
 @bug
@@ -193,7 +195,7 @@ def samples_share_one_random_number(patch: Patch) -> None:
 
 @bug
 def preempted_without_limit(patch: Patch) -> None:
-    patch.setattr(ShardScheduler, "_beyond_preemption", lambda self, sequence: True)
+    patch.setattr(Admission, "beyond_preemption", lambda self, sequence, unfinished: True)
 
 
 @bug
