@@ -24,7 +24,7 @@ from worker.fields import parse_json, read_object
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 64 << 20
-MAX_INDEX_BYTES = 64 << 20
+MAX_INDEX_BYTES = 16 << 20
 MAX_TENSORS = 100_000
 MAX_FILES = 10_000
 MAX_RANK = 8
@@ -157,8 +157,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file. ModelError where the header and the file's size disagree in any way."""
     name = path.name
     header, file_size = _read_header_bytes(path)
-    # counted before parsing: small JSON can make many thousand times its size in Python objects
-    if header.count(b"{") > 2 * MAX_TENSORS or header.count(b"[") > 4 * MAX_TENSORS:
+    # counted before parsing: JSON can make many times its size in Python objects; a tensor of MAX_RANK has 11 commas
+    if any(header.count(mark) > most * MAX_TENSORS for mark, most in ((b"{", 2), (b"[", 4), (b",", 12))):
         raise ModelError(f"{name}: header of more than {MAX_TENSORS} tensors, the most that is read")
     if not header.startswith(b"{"):
         raise ModelError(f"{name}: header does not start with '{{', this is no safetensors file")
