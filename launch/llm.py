@@ -24,21 +24,12 @@ from cluster.tokenizer import Tokenizer
 from launch.config import EngineConfig
 from launch.memory import MemoryPlan
 from launch.outputs import Collector, CompletionOutput, RequestOutput
-from pagetable.allocator import BlockAllocator
 from pagetable.errors import AlreadyExists, InvalidRequest, NotFound, QuireError
-from pagetable.ids import DeviceId
-from pagetable.page import PagePool
 from pagetable.sampling import Limits, Request, SamplingParams
-from worker.kv_cache import PagedKVCache
 from worker.loop import Loop
-from worker.model import Decoder
 from worker.model_config import ModelConfig
-from worker.runner import Runner
-from worker.sampler import Sampler
-from worker.scheduler import ShardScheduler
 from worker.sequence import FinishReason
-from worker.tables import TableMirror
-from worker.weights import open_weights
+from worker.shard import build_loop
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "describe_plan"]
 
@@ -83,7 +74,7 @@ class LLM:
             max_pool_tokens=shard.num_blocks * shard.block_size,
         )
         torch.set_num_threads(config.num_threads)
-        self.loop = Loop(self._scheduler(), self._runner(folder, progress))
+        self.loop = self._build(folder, progress)
         self._collectors: dict[str, Collector] = {}
         self._arrivals = 0  # requests admitted
         self._names = 0  # ids given to requests that bring none
@@ -177,7 +168,6 @@ class LLM:
             asked = getattr(request.params, name)
             if missing and asked is not None:
                 raise InvalidRequest(name, asked, "be left out in this fork", "ask for them in the forked request")
-        self._refuse_known(request.request_id)
         self.loop.fork(request_id, sample_index, request)
         self._arrivals += 1
         collector = Collector(request, parent.output.prompt, self.tokenizer)
@@ -299,25 +289,14 @@ class LLM:
             else:
                 self.abort(name)
 
-    def _scheduler(self) -> ShardScheduler:
-        shard = self.plan.shard
-        pool = PagePool([BlockAllocator(DeviceId(0), shard.num_blocks)])
-        identity = sha256(repr((self.model_config, self.plan.dtype, shard.block_size)).encode()).digest()
-        return ShardScheduler(shard, pool, identity)
-
-    def _runner(self, folder: Path, progress: bool | Progress) -> Runner:
-        shard, dtype = self.plan.shard, getattr(torch, self.plan.dtype)
-        weights = open_weights(folder)
+    def _build(self, folder: Path, progress: bool | Progress) -> Loop:
+        plan = self.plan
         if progress is True:
             from launch.progress import loading_bar
 
             with loading_bar() as show:
-                model = Decoder(self.model_config, weights, dtype, show)
-        else:
-            model = Decoder(self.model_config, weights, dtype, progress or None)
-        cache = PagedKVCache(self.model_config, shard.num_blocks, shard.block_size, dtype)
-        tables = TableMirror(shard.max_num_seqs, -(-shard.max_model_len // shard.block_size), shard.block_size)
-        return Runner(model, cache, tables, Sampler(self.model_config.vocab_size, shard.max_num_seqs))
+                return build_loop(folder, self.model_config, plan.shard, plan.dtype, progress=show)
+        return build_loop(folder, self.model_config, plan.shard, plan.dtype, progress=progress or None)
 
 
 def describe_plan(config: EngineConfig) -> list[str]:

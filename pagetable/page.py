@@ -30,6 +30,7 @@ class PagePool:
         self.tree = PrefixTree()
         self.order = LruOrder()
         self.num_evictions = 0
+        self.log: list[tuple[bool, bytes]] | None = None  # (sealed or forgotten, digest), for whoever reports it
         size = min(column.num_blocks for column in columns)
         self._refs = [array("Q", bytes(8 * size)) for _ in columns]
         self._pins = array("I", bytes(4 * size))
@@ -129,6 +130,8 @@ class PagePool:
         if found != NO_PAGE:
             return found
         self.tree.insert(page, digest, parent)
+        if self.log is not None:
+            self.log.append((True, digest))
         for column, refs in zip(self.columns, self._refs, strict=True):
             column.keep(PageRef(refs[page]), True)
         return page
@@ -164,9 +167,7 @@ class PagePool:
 
     def drop(self, page: LogicalPageId) -> None:
         """Take a sealed leaf out of the tree (its bytes never came): its users keep it, nobody finds it any more."""
-        self.tree.remove(page)
-        for column, refs in zip(self.columns, self._refs, strict=True):
-            column.keep(PageRef(refs[page]), False)
+        self._forget(page)
         if page in self.order:
             self.order.remove(page)
             self._recycle(page)
@@ -213,11 +214,16 @@ class PagePool:
 
     def _evict(self) -> None:
         page = self.order.victim()
+        self._forget(page)
+        self._recycle(page)
+        self.num_evictions += 1
+
+    def _forget(self, page: LogicalPageId) -> None:
+        if self.log is not None:
+            self.log.append((False, self.tree.digest(page)))
         self.tree.remove(page)
         for column, refs in zip(self.columns, self._refs, strict=True):
             column.keep(PageRef(refs[page]), False)
-        self._recycle(page)
-        self.num_evictions += 1
 
     def _recycle(self, page: LogicalPageId) -> None:
         self._owner[self.block(page)] = _NO_OWNER

@@ -6,6 +6,7 @@ and a second definition would drift. Standard library only.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -288,3 +289,20 @@ def admit_request(
     if params.max_tokens is None:
         params = replace(params, max_tokens=max_tokens)
     return Request(request_id, tuple(prompt), params, tuple(eos_token_ids), salt)
+
+
+def encode_params(params: SamplingParams) -> bytes:
+    """As JSON, for another process of the cluster; `decode_params` reads it back equal."""
+    values = {each.name: getattr(params, each.name) for each in fields(params)}
+    return json.dumps({**values, "logit_bias": [[k, v] for k, v in params.logit_bias.items()]}).encode()
+
+
+def decode_params(data: bytes) -> SamplingParams:
+    """Raises InvalidRequest where `data` was not made by `encode_params`. Bounds are checked at admission."""
+    try:
+        values = json.loads(data)
+        values["logit_bias"] = {int(token): float(bias) for token, bias in values["logit_bias"]}
+        values["stop_token_ids"] = tuple(values["stop_token_ids"])
+        return SamplingParams(**values)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InvalidRequest("params", data, f"be encoded sampling parameters ({type(error).__name__})") from None

@@ -16,4 +16,4 @@ for _name in CONFIG_VARIABLES:
 
 # Subprocesses of tests import this tree too, installed or not.
 _ROOT = str(Path(__file__).resolve().parent.parent)
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, f"{_ROOT}/proto", os.environ.get("PYTHONPATH"))))

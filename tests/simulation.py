@@ -176,6 +176,7 @@ class Stream:
     reference: Reference
     tokens: list[int] = field(default_factory=list)
     ended: bool = False
+    cancelled: bool = False
 
 
 class WatchedScheduler(ShardScheduler):
@@ -235,6 +236,8 @@ class Simulation:
             self.cancel()
         elif roll < 0.42:
             self.fork()
+        elif roll < 0.45:
+            self.resume()
         self.advance()
         self.check()
 
@@ -272,6 +275,7 @@ class Simulation:
         assert params.max_tokens is not None and emitted <= params.max_tokens
         if output.finish_reason is not None:
             stream.ended = True
+            stream.cancelled = output.finish_reason is FinishReason.CANCELLED
             if output.finish_reason is FinishReason.LENGTH:
                 assert emitted == params.max_tokens
             if output.finish_reason is FinishReason.STOP:
@@ -339,6 +343,29 @@ class Simulation:
             assert type(error).__name__ == "Overloaded"
             return
         self.streams[request.request_id, 0] = Stream(request, Reference(request, 0, emitted), list(emitted))
+
+    def resume(self) -> None:
+        """A request ends here and goes on under another name from what it has emitted, as after a shard's death."""
+        sequences = self.scheduler.sequences()
+        if not sequences:
+            return
+        old = self.rng.choice(sequences).request
+        for output in self.scheduler.cancel(old.request_id):
+            self.receive(output)
+        left = {
+            index: tuple(stream.tokens)
+            for (name, index), stream in self.streams.items()
+            if name == old.request_id and stream.cancelled
+        }
+        self.names += 1
+        request = Request(f"m{self.names}", old.prompt, old.params, old.eos_token_ids, old.cache_salt)
+        try:
+            self.scheduler.add(request, {index: array("i", tokens) for index, tokens in left.items()})
+        except Exception as error:
+            assert type(error).__name__ == "Overloaded"
+            return
+        for index, tokens in left.items():
+            self.streams[request.request_id, index] = Stream(request, Reference(request, index, tokens), list(tokens))
 
     def check(self) -> None:
         self.scheduler.check()

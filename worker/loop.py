@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from array import array
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from pagetable.errors import InvariantBroken
@@ -31,18 +33,19 @@ class Loop:
     def __init__(self, scheduler: ShardScheduler, runner: Runner) -> None:
         self.scheduler = scheduler
         self.runner = runner
+        self.on_plan: Callable[[Plan], None] | None = None  # told of each plan before it runs
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises AlreadyExists, Overloaded or InvalidRequest."""
-        self.scheduler.add(request)
+    def add(self, request: Request, resumed: Mapping[int, array[int]] | None = None) -> None:
+        """Queue a request, or some of its samples from where they stopped elsewhere. See ShardScheduler.add."""
+        self.scheduler.add(request, resumed)
 
-    def fork(self, request_id: str, sample_index: int, request: Request) -> None:
+    def fork(self, request_id: str, sample_index: int, request: Request, num_outputs: int | None = None) -> None:
         """Go on with a running sample's tokens as `request`, which shares its pages. See ShardScheduler.fork."""
-        self.scheduler.fork(request_id, sample_index, request)
+        self.scheduler.fork(request_id, sample_index, request, num_outputs)
 
     def finish(
         self, request_id: str, sample_index: int, reason: FinishReason, stop_reason: str | None = None
@@ -61,6 +64,8 @@ class Loop:
             if self.scheduler.has_work:
                 raise InvariantBroken("there is work and room for it, but no plan")
             return []
+        if self.on_plan is not None:
+            self.on_plan(plan)
         try:
             result = self.runner.run(plan)
         except Exception as error:

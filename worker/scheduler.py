@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import insort
+from collections.abc import Mapping
 from itertools import islice
 from operator import attrgetter
 
@@ -61,6 +62,8 @@ class ShardScheduler:
         self.waiting: list[Sequence] = []  # oldest first
         self.running: list[Sequence] = []  # PREFILL and DECODE, oldest first
         self.num_preemptions = 0
+        # (sequence, whether it ended) that gave up their pages, for whoever reports it
+        self.departed: list[tuple[SequenceId, bool]] | None = None
         self._admission = Admission(config, pool)
         self._identity = identity
         self._requests: dict[str, dict[int, Sequence]] = {}  # unfinished, by request id and sample index
@@ -87,6 +90,11 @@ class ShardScheduler:
     def num_waiting(self) -> int:
         return len(self.waiting)
 
+    def is_in_flight(self, request_id: str, sample_index: int | None = None) -> bool:
+        """Whether a request, or one sample of it, has not ended."""
+        samples = self._requests.get(request_id, {})
+        return bool(samples) if sample_index is None else sample_index in samples
+
     def request(self, request_id: str) -> Request:
         """An unfinished request as admitted. Raises NotFound."""
         samples = self._requests.get(request_id)
@@ -98,9 +106,17 @@ class ShardScheduler:
         """All unfinished sequences, oldest first."""
         return sorted((s for samples in self._requests.values() for s in samples.values()), key=_AGE)
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises AlreadyExists, Overloaded, or InvalidRequest where it can never fit."""
+    def add(self, request: Request, resumed: Mapping[int, array[int]] | None = None) -> None:
+        """Queue a request. Raises AlreadyExists, Overloaded, or InvalidRequest where it can never fit.
+
+        Args:
+            resumed: None for a new request. Else only these samples run, each on from the outputs (int32) that it has
+                emitted elsewhere; with the request as admitted they go on as if nothing had happened.
+        """
         self._refuse(request)
+        if resumed is not None:
+            self._resume(request, resumed)
+            return
         sequences = [self._sequence(request, index) for index in range(request.params.n)]
         self._arrivals += 1
         self._requests[request.request_id] = {s.sample_index: s for s in sequences}
@@ -111,25 +127,27 @@ class ShardScheduler:
         if others:
             self._forks[first.sequence_id] = others
 
-    def fork(self, request_id: str, sample_index: int, request: Request) -> None:
+    def fork(self, request_id: str, sample_index: int, request: Request, num_outputs: int | None = None) -> None:
         """Go on with a running sample's tokens under another request, from here on; its pages are shared.
 
         Args:
             request: the new request; its prompt is the forked one's, n is 1. It may emit as many tokens as its own
                 `max_tokens` less those that the sample has emitted.
+            num_outputs: how many of the sample's outputs the fork begins with; None is all so far.
         """
         parent = self._find(request_id, sample_index)
+        outputs = parent.num_outputs if num_outputs is None else num_outputs
+        if not 0 <= outputs <= parent.num_outputs:
+            raise InvalidRequest("num_outputs", outputs, f"be from 0 to the {parent.num_outputs} emitted so far")
         if request.params.n != 1 or request.prompt != parent.request.prompt:
             raise InvalidRequest("n", request.params.n, "be 1 in a fork, whose prompt is the forked one's")
-        if parent.num_outputs >= (request.params.max_tokens or 0):
-            raise InvalidRequest(
-                "max_tokens", request.params.max_tokens, f"be above the {parent.num_outputs} emitted so far"
-            )
+        if outputs >= (request.params.max_tokens or 0):
+            raise InvalidRequest("max_tokens", request.params.max_tokens, f"be above the {outputs} emitted so far")
         self._refuse(request)
         child = self._sequence(request, 0)
         self._arrivals += 1
         self._requests[request.request_id] = {0: child}
-        child.tokens = array("i", parent.tokens)
+        child.tokens = parent.tokens[: parent.prompt_length + outputs]
         if parent.state is State.DECODE and self._free_slots and child.root == parent.root:
             # the token before the fork is computed again: its logits are the child's to sample from
             self._share_table(child, parent, len(child.tokens) - 1)
@@ -267,6 +285,25 @@ class ShardScheduler:
         if len(self.waiting) >= self.config.max_waiting:
             raise Overloaded(f"the queue is full ({self.config.max_waiting} requests); try again later")
         self._admission.refuse(request)
+
+    def _resume(self, request: Request, resumed: Mapping[int, array[int]]) -> None:
+        most = request.params.max_tokens or 0
+        for index, outputs in resumed.items():
+            if not 0 <= index < request.params.n:
+                raise InvalidRequest("samples", index, f"be below n, {request.params.n}")
+            if len(outputs) >= most:
+                raise InvalidRequest("outputs", len(outputs), f"be fewer than max_tokens, {most}")
+        if not resumed:
+            raise InvalidRequest("samples", 0, "be at least one")
+        sequences = [self._sequence(request, index) for index in sorted(resumed)]
+        self._arrivals += 1
+        self._requests[request.request_id] = {s.sample_index: s for s in sequences}
+        for sequence in sequences:
+            outputs = resumed[sequence.sample_index]
+            sequence.tokens.extend(outputs)
+            if outputs:
+                sequence.num_scored = sequence.prompt_length  # its prompt's logprobs were given where it began
+            insort(self.waiting, sequence, key=_AGE)
 
     def _sequence(self, request: Request, index: int) -> Sequence:
         table = BlockTable(self.pool, self.config.block_size)
@@ -420,6 +457,8 @@ class ShardScheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """-> WAIT: give up all pages; full ones stay in the tree while nobody needs their blocks."""
+        if self.departed is not None:
+            self.departed.append((sequence.sequence_id, False))
         self._leave(sequence)
         sequence.state = State.WAIT
         sequence.preemptions += 1
@@ -447,6 +486,8 @@ class ShardScheduler:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, failure: str = "") -> TokenOutput:
         request_id = sequence.request.request_id
+        if self.departed is not None:
+            self.departed.append((sequence.sequence_id, True))
         output = TokenOutput(request_id, sequence.sample_index, None, finish_reason=reason)
         output.stop_reason, output.failure = sequence.stop_reason, failure
         output.pages = sequence.table.entries()

@@ -1,0 +1,389 @@
+"""A shard's socket: requests in, tokens and events out. One thread runs the loop, one the sockets.
+
+    socket thread (asyncio)                          loop thread
+      frames -> inbox ------------------------------> handle, step
+      one frame a step and connection <-------------- outbox
+
+The loop thread is the only one that touches the scheduler. The socket thread answers pings, so a long step is seen as such and
+not as a dead process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from google.protobuf.message import Message
+
+from pagetable.errors import QuireError
+from pagetable.frames import NONCE_BYTES, BadFrame, FrameReader, Kind, encode_frame, is_proof
+from pagetable.sampling import Request, decode_params
+from quire_pb.worker.v1 import worker_pb2 as pb
+from worker.events import Journal, page_load
+from worker.loop import Loop
+from worker.plan import TokenLogprobs
+from worker.sequence import FinishReason, TokenOutput
+
+_log = logging.getLogger(__name__)
+
+MAX_UNSENT_BYTES = 64 << 20  # a peer that reads so slowly is cut off
+HELLO_SECONDS = 5.0
+_FINISH = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
+}
+
+
+class Connection(asyncio.Protocol):
+    """One peer. Everything it sends before a valid Hello, and every frame that is none of ours, ends it."""
+
+    def __init__(self, server: ShardServer, number: int) -> None:
+        self.server, self.number = server, number
+        self.role = pb.ROLE_UNSPECIFIED
+        self._nonce = os.urandom(NONCE_BYTES)
+        self._reader = FrameReader()
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self.send(Kind.CHALLENGE, pb.Challenge(nonce=self._nonce))
+        asyncio.get_running_loop().call_later(HELLO_SECONDS, self._expire)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for kind, payload in self._reader.feed(data):
+                if self.role == pb.ROLE_UNSPECIFIED:
+                    self._greet(kind, payload)
+                elif kind is Kind.PING:
+                    self.send(Kind.PONG, self.server.pong(pb.Ping.FromString(payload).number))
+                else:
+                    self.server.post(self, kind, payload)
+        except Exception as error:  # protobuf's DecodeError is no QuireError; whatever it was, this peer is done
+            self.server.num_bad_frames += 1
+            _log.warning("connection %d: %s", self.number, type(error).__name__)
+            self.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.server.gone(self)
+
+    def send(self, kind: Kind, message: Message) -> None:
+        """From the socket thread."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        transport.write(encode_frame(kind, message.SerializeToString()))
+        if transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            _log.warning("connection %d does not read: cut off", self.number)
+            transport.abort()
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def _greet(self, kind: Kind, payload: bytes) -> None:
+        if kind is not Kind.HELLO:
+            raise BadFrame("the first frame must be Hello")
+        hello = pb.Hello.FromString(payload)
+        if not is_proof(self.server.secret, self._nonce, hello.role, hello.name, hello.proof):
+            raise BadFrame("the proof of the cluster's secret is wrong")
+        if hello.role not in (pb.ROLE_FRONT, pb.ROLE_SCHEDULER, pb.ROLE_ADMIN):
+            raise BadFrame("no such role here")
+        self.role = hello.role
+        self.send(Kind.WELCOME, pb.Welcome(shard=self.server.info))
+        self.server.post(self, Kind.HELLO, payload)
+
+    def _expire(self) -> None:
+        if self.role == pb.ROLE_UNSPECIFIED:
+            self.close()
+
+
+@dataclass(slots=True)
+class _Client:
+    """What the loop thread knows of a connection: its requests by handle."""
+
+    connection: Connection
+    requests: dict[int, str] = field(default_factory=dict)
+
+
+class ShardServer:
+    """Serves one Loop on one socket.
+
+    Args:
+        info: what the shard is; its address is filled in once the socket listens.
+        secret: the cluster's; who can't prove it is cut off.
+    """
+
+    def __init__(self, loop: Loop, info: pb.ShardInfo, secret: bytes) -> None:
+        self.loop, self.info, self.secret = loop, info, secret
+        self.num_bad_frames = 0
+        self._journal = Journal(loop.scheduler, info.epoch)
+        loop.on_plan = self._journal.record
+        self._inbox: deque[tuple[Connection, Kind | None, bytes]] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._clients: dict[int, _Client] = {}
+        self._owners: dict[str, tuple[_Client, int]] = {}  # internal request id -> who asked, and its handle
+        self._listener: _Client | None = None  # the scheduler
+        self._numbers = iter(range(1 << 62))
+        self._sockets: asyncio.AbstractEventLoop | None = None
+        self._totals = pb.Load()
+        self._step_began = 0.0
+        self._checked = 0
+
+    # Socket thread
+
+    def start(self, host: str, port: int) -> str:
+        """Listen; returns host:port. The socket thread runs until the process ends."""
+        ready: threading.Event = threading.Event()
+        found: list[str | BaseException] = []
+
+        async def serve() -> None:
+            try:
+                self._sockets = asyncio.get_running_loop()
+                server = await self._sockets.create_server(lambda: Connection(self, next(self._numbers)), host, port)
+                name = server.sockets[0].getsockname()
+                found.append(f"{name[0]}:{name[1]}")
+                self.info.address = str(found[0])
+            except OSError as error:
+                found.append(error)
+                return
+            finally:
+                ready.set()
+            await server.serve_forever()
+
+        threading.Thread(target=lambda: asyncio.run(serve()), name="sockets", daemon=True).start()
+        ready.wait()
+        if isinstance(found[0], BaseException):
+            raise found[0]
+        return found[0]
+
+    def post(self, connection: Connection, kind: Kind | None, payload: bytes) -> None:
+        """Hand a frame to the loop thread; kind None says that the connection is gone."""
+        self._inbox.append((connection, kind, payload))
+        self._wake.set()
+
+    def gone(self, connection: Connection) -> None:
+        self.post(connection, None, b"")
+
+    def pong(self, number: int) -> pb.Pong:
+        began = self._step_began
+        return pb.Pong(
+            number=number,
+            epoch=self.info.epoch,
+            steps=self._totals.steps,
+            has_work=self.loop.has_work,
+            step_age_seconds=time.monotonic() - began if began else 0.0,
+        )
+
+    # Loop thread
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        while not self._stopping:
+            self._wake.clear()
+            while self._inbox:
+                self._handle(*self._inbox.popleft())
+            if self.loop.has_work:
+                self._step()
+            else:
+                self._check_when_idle()
+                self._wake.wait(1.0)
+
+    def stop(self) -> None:
+        """From any thread, or a signal handler."""
+        self._stopping = True
+        self._wake.set()
+
+    def _step(self) -> None:
+        self._step_began = began = time.monotonic()
+        outputs = self.loop.step()
+        seconds = time.monotonic() - began
+        self._step_began = 0.0
+        totals = self._totals
+        totals.steps += 1
+        totals.busy_seconds += seconds
+        totals.last_step_seconds = seconds
+        self._deliver(outputs)
+        self._report()
+
+    def _deliver(self, outputs: list[TokenOutput]) -> None:
+        """One Tokens frame to each front that has something to hear."""
+        frames: dict[int, pb.Tokens] = {}
+        for output in outputs:
+            found = self._owners.get(output.request_id)
+            if output.token is not None:
+                self._totals.output_tokens += 1
+            if found is None:
+                continue
+            client, handle = found
+            number = client.connection.number
+            if number not in frames:
+                frames[number] = pb.Tokens(step=self._totals.steps, epoch=self.info.epoch)
+            _fill(frames[number].deltas.add(handle=handle, sample=output.sample_index), output)
+            if output.finish_reason is not None:
+                self._totals.cached_tokens += output.cached_tokens
+                self._settle(output.request_id)
+        for number, frame in frames.items():
+            self._send(self._clients[number].connection, Kind.TOKENS, frame)
+
+    def _report(self) -> None:
+        if self._listener is None:
+            return
+        scheduler = self.loop.scheduler
+        load = page_load(scheduler.pool)
+        load.MergeFrom(self._totals)
+        load.running, load.waiting = len(scheduler.running), len(scheduler.waiting)
+        load.preemptions = scheduler.num_preemptions
+        events = self._journal.take(load)
+        if events is not None:
+            self._send(self._listener.connection, Kind.EVENTS, events)
+
+    def _settle(self, internal: str) -> None:
+        """Forget a request that has no unfinished sample."""
+        if not self.loop.scheduler.is_in_flight(internal):
+            client, handle = self._owners.pop(internal)
+            client.requests.pop(handle, None)
+            self._journal.forget(internal)
+
+    def _handle(self, connection: Connection, kind: Kind | None, payload: bytes) -> None:
+        if kind is None:
+            self._disconnect(connection)
+        elif kind is Kind.HELLO:
+            self._clients[connection.number] = client = _Client(connection)
+            if connection.role == pb.ROLE_SCHEDULER:
+                self._listener = client
+                self._journal.begin()
+                self._report()
+        elif connection.number in self._clients and connection.role == pb.ROLE_FRONT:
+            self._handle_front(self._clients[connection.number], kind, payload)
+
+    def _handle_front(self, client: _Client, kind: Kind, payload: bytes) -> None:
+        handle = 0
+        try:
+            if kind is Kind.SUBMIT:
+                submit = pb.Submit.FromString(payload)
+                handle = submit.handle
+                resumed = {each.sample: _ints(each.outputs) for each in submit.samples} or None
+                self._take_up(client, submit, lambda request: self.loop.add(request, resumed))
+            elif kind is Kind.FORK:
+                fork = pb.Fork.FromString(payload)
+                handle = fork.handle
+                parent = client.requests.get(fork.parent_handle, "")
+                self._take_up(
+                    client,
+                    fork.request,
+                    lambda request: self.loop.fork(parent, fork.parent_sample, request, fork.num_outputs),
+                    handle,
+                )
+            elif kind is Kind.CANCEL:
+                internal = client.requests.get(pb.Cancel.FromString(payload).handle)
+                if internal is not None:  # else it has just ended
+                    self._deliver(self.loop.cancel(internal))
+                    self._report()
+            elif kind is Kind.FINISH:
+                finish = pb.Finish.FromString(payload)
+                internal = client.requests.get(finish.handle, "")
+                if self.loop.scheduler.is_in_flight(internal, finish.sample):
+                    ended = self.loop.finish(internal, finish.sample, FinishReason.STOP, finish.stop_reason)
+                    self._deliver([ended])
+                    self._report()
+        except QuireError as error:
+            refused = pb.Refused(handle=handle, code=error.code, field=getattr(error, "field", ""), message=str(error))
+            self._send(client.connection, Kind.REFUSED, refused)
+        except Exception as error:  # a frame that protobuf can't read, ids that are none: this peer is done
+            _log.warning("connection %d: %s", client.connection.number, type(error).__name__)
+            self.num_bad_frames += 1
+            self._call(client.connection.close)
+
+    def _take_up(
+        self, client: _Client, submit: pb.Submit, begin: Callable[[Request], None], handle: int | None = None
+    ) -> None:
+        handle = submit.handle if handle is None else handle
+        internal = f"{client.connection.number}:{handle}"
+        request = Request(
+            internal,
+            tuple(_ints(submit.prompt)),
+            decode_params(submit.params),
+            tuple(_ints(submit.eos_token_ids)),
+            submit.cache_salt,
+        )
+        self._journal.name(internal, submit.request_id, submit.owner)
+        try:
+            begin(request)
+        except QuireError:
+            if internal not in self._owners:
+                self._journal.forget(internal)
+            raise
+        client.requests[handle] = internal
+        self._owners[internal] = client, handle
+        self._totals.prompt_tokens += len(request.prompt)
+
+    def _disconnect(self, connection: Connection) -> None:
+        """A front is gone: its requests end. The scheduler is gone: nobody listens."""
+        client = self._clients.pop(connection.number, None)
+        if client is None:
+            return
+        if client is self._listener:
+            self._listener = None
+            self._journal.stop()
+        for internal in list(client.requests.values()):
+            self.loop.cancel(internal)
+            self._owners.pop(internal, None)
+            self._journal.forget(internal)
+        self._report()
+
+    def _check_when_idle(self) -> None:
+        """Recount all books once after each burst of work; a disagreement is a bug and ends the process."""
+        if self._checked != self._totals.steps:
+            self._checked = self._totals.steps
+            self.loop.scheduler.check()
+
+    def _send(self, connection: Connection, kind: Kind, message: Message) -> None:
+        self._call(connection.send, kind, message)
+
+    def _call(self, function: Callable[..., None], *args: object) -> None:
+        assert self._sockets is not None
+        self._sockets.call_soon_threadsafe(function, *args)
+
+
+def _fill(delta: pb.Delta, output: TokenOutput) -> None:
+    if output.token is not None:
+        delta.token = output.token
+    if output.logprobs is not None:
+        _fill_logprobs(delta.logprobs, output.logprobs)
+    for score in output.scores:
+        _fill_logprobs(delta.scores.add(), score)
+    if output.finish_reason is not None:
+        delta.finish = _FINISH[output.finish_reason]
+        delta.failure = output.failure
+        delta.cached_tokens = output.cached_tokens
+        if isinstance(output.stop_reason, int):
+            delta.stop_token = output.stop_reason
+        for device, block in output.pages:
+            delta.page_devices.append(device)
+            delta.page_blocks.append(block)
+
+
+def _fill_logprobs(target: pb.Logprobs, found: TokenLogprobs) -> None:
+    target.logprob, target.rank = found.logprob, found.rank
+    target.top_tokens.extend(token for token, _ in found.top)
+    target.top_logprobs.extend(logprob for _, logprob in found.top)
+
+
+def _ints(data: bytes) -> array[int]:
+    """int32 little-endian."""
+    values = array("i")
+    values.frombytes(data)
+    if values.itemsize != 4:
+        raise BadFrame("this machine's int is not 4 bytes")
+    return values
