@@ -4,8 +4,9 @@
 
 From the repository's root. The cases are those of `quire bench` (see `launch/bench.py`). Each case is warmed up on both
 sides and then run in pairs, Quire first; the ceilings of the machine are probed before each side's turn. What is
-reported is the median over the pairs. transformers gets all requests of a case as static batches, padded on the
-left; a batch goes on until its longest output is done.
+reported is the median over the pairs. No second pair begins that would end after its case's part of `--seconds`, and no
+case after all of them. transformers gets the requests of a case as static batches, padded on the left; a batch goes on
+until its longest output is done.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pagetable.errors import ConfigError, QuireError
 if TYPE_CHECKING:
     from benchmarks.roofline import Ceilings, Work
 
-CASES = "prefill:1024,decode:1,decode:8,decode:32,long:2048,prefix:8,mixed:8"
+CASES = "prefill:1024,decode:1,decode:8,mixed:8,prefix:8,decode:32,long:2048"
 SIDES = ("quire", "transformers")
 Run = dict[str, float]
 
@@ -49,11 +50,12 @@ class Transformers:
         import torch
         import transformers
 
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        untyped: Any = transformers
+        untyped.utils.logging.set_verbosity_error()
+        untyped.utils.logging.disable_progress_bar()
         self.version: str = transformers.__version__
         self._batch = batch
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+        self._model = untyped.AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         ).eval()
 
@@ -140,10 +142,12 @@ def summary(case: Case, pairs: Sequence[tuple[Run, Run]], ceilings: Sequence[Cei
     """The numbers of one case: medians over its pairs."""
 
     def middle(values: Any) -> float:
-        return statistics.median(values)
+        return float(statistics.median(values))
 
     ratios = [ours["value"] / theirs["value"] for ours, theirs in pairs]
-    read, gemm, cpu_read, cpu_gemm = (middle(column) for column in zip(*map(dataclasses.astuple, ceilings), strict=True))
+    read, gemm, cpu_read, cpu_gemm = (
+        middle(column) for column in zip(*map(dataclasses.astuple, ceilings), strict=True)
+    )
     roofline, cpu_roofline = least.rate(read, gemm), least.rate(cpu_read, cpu_gemm)
     line: dict[str, Any] = {
         "case": case.name,
@@ -178,7 +182,8 @@ def _rounded(value: Any) -> Any:
 
 
 HEAD = (
-    f"{'':13} {'tok/s':>17} {'ratio, lowest':>19} {'of roofline':>15}   {'tok per CPU s':>17} {'':6} {'of roofline':>15}\n"
+    f"{'':13} {'tok/s':>17} {'ratio, lowest':>19} {'of roofline':>15}"
+    f"   {'tok per CPU s':>17} {'':6} {'of roofline':>15}\n"
     f"{'case':13} {'Quire':>8} {'transf.':>8} {'and highest':>19} {'Quire':>7} {'transf.':>7}"
     f"   {'Quire':>8} {'transf.':>8} {'ratio':>6} {'Quire':>7} {'transf.':>7} {'pairs':>6} {'others':>7}"
 )
@@ -193,6 +198,15 @@ def row(line: dict[str, Any]) -> str:
         f"   {line['quire_per_cpu_s']:8.1f} {line['transformers_per_cpu_s']:8.1f} {line['cpu_ratio']:6.2f}"
         f" {line['quire_of_cpu_roofline']:7.0%} {line['transformers_of_cpu_roofline']:7.0%}"
         f" {line['pairs']:6} {foreign:7.0%}"
+    )
+
+
+def footer(dtype: str, lines: Sequence[dict[str, Any]]) -> str:
+    names = ("read_gb_s", "gemm_gflop_s", "cpu_read_gb_s", "cpu_gemm_gflop_s")
+    read, gemm, cpu_read, cpu_gemm = (statistics.median(line[name] for line in lines) for name in names)
+    return (
+        f"ceilings: read {read:.1f} GB/s, {dtype} GEMM {gemm:.0f} GFLOP/s;"
+        f" per CPU second {cpu_read:.1f} GB/s, {cpu_gemm:.0f} GFLOP/s"
     )
 
 
@@ -218,16 +232,18 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
         print(", ".join(f"{name} {value}" for name, value in shared.items()) + f", torch {torch.__version__}\n{HEAD}")
     lines = []
     for index, case in enumerate(cases):
-        now = time.perf_counter()
-        until = now + (began + options.seconds - now) / (len(cases) - index)
+        left = began + options.seconds - time.perf_counter()
+        if index and left <= 0:
+            names = ",".join(skipped.name for skipped in cases[index:])
+            print(f"compare: --seconds {options.seconds:g} are over: --cases {names} did not run", file=sys.stderr)
+            break
+        until = time.perf_counter() + left / (len(cases) - index)
         lines.append(summary(case, *run_case(case, base, peer, probe, options.pairs, until)))
         tags = {f"{name}_version" if name == "transformers" else name: value for name, value in shared.items()}
         print(json.dumps(tags | lines[-1]) if options.json else row(lines[-1]), flush=True)
         gc.collect()  # the next engine needs the memory
     if not options.json:
-        read, gemm = (statistics.median(line[name] for line in lines) for name in ("read_gb_s", "gemm_gflop_s"))
-        each = [statistics.median(line[f"cpu_{name}"] for line in lines) for name in ("read_gb_s", "gemm_gflop_s")]
-        print(f"ceilings: read {read:.1f} GB/s, {dtype} GEMM {gemm:.0f} GFLOP/s; per CPU second {each[0]:.1f}, {each[1]:.0f}")
+        print(footer(dtype, lines))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -240,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--threads", type=int, help="of both sides; default: the cores this process may use")
     parser.add_argument("--pairs", type=int, default=3, help="of each case, as far as the time allows (3)")
-    parser.add_argument("--seconds", type=float, default=240.0, help="after which no further pair begins (240)")
+    parser.add_argument("--seconds", type=float, default=210.0, help="after which nothing more begins (210)")
     parser.add_argument("--batch", type=int, default=64, help="requests of one static batch of transformers (64)")
     parser.add_argument("--json", action="store_true", help="a JSON line for each case instead of a table")
     options = parser.parse_args(argv)

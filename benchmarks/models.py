@@ -59,6 +59,10 @@ def _made(folder: str) -> str:
 
 
 def _write(shape: str, folder: Path) -> Path:
+    from transformers.utils import logging
+
     from tests.models import make_model
 
+    untyped: Any = logging
+    untyped.disable_progress_bar()
     return make_model(folder, "llama", seed=0, dtype="bfloat16", **SHAPES[shape])

@@ -11,18 +11,14 @@ trivial Python loop timed between the cases: it compares across machines and loa
 from __future__ import annotations
 
 import argparse
-import functools
-import json
 import random
-import statistics
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from benchmarks.timing import Report, Target, timed, timer_cost
 from launch.machine import sleep_while_waiting
 from pagetable.allocator import BlockAllocator
 from pagetable.block_table import BlockTable
@@ -39,7 +35,7 @@ from worker.step import Step
 BLOCK_SIZE, TOKEN, GOAL_US = 16, 7, 1000.0
 
 # (name, depth, what is timed)
-PARTS: list[tuple[str, int, list[tuple[type, str]]]] = [
+PARTS: list[tuple[str, int, list[Target]]] = [
     ("schedule", 0, [(ShardScheduler, "schedule")]),
     ("decodes", 1, [(ShardScheduler, "_plan_decode")]),
     ("book rows", 2, [(Step, "append")]),
@@ -124,10 +120,14 @@ class Shard:
             self.scheduler.add(request(f"run-{index}", prompt(f"run-{index}", length), most))
         while any(s.state is not State.DECODE for s in self.scheduler.sequences()):
             self.step()
-        # one that needs more pages than are free, or, behind a prefix, than its running neighbours leave
-        own = case.length if case.wants == "slot" else self.scheduler.pool.num_available * BLOCK_SIZE
+        own = case.length
+        if case.wants == "pages":  # one more than are free beside the prefix and a page for each that runs
+            pages = self.scheduler.pool.num_available - len(prefix) // BLOCK_SIZE - case.num_seqs + 1
+            own = pages * BLOCK_SIZE
+        rest = prompt("rest", own)
         for index in range(case.waiting):
-            self.scheduler.add(request(f"wait-{index}", prefix + prompt(f"wait-{index}", own), 1))
+            first = prompt(f"wait-{index}", min(own, BLOCK_SIZE))
+            self.scheduler.add(request(f"wait-{index}", prefix + first + rest[len(first) :], 1))
         self.step()  # digests of those that wait are computed when they are first looked at
 
     def answer(self, plan: Plan) -> StepResult:
@@ -155,51 +155,7 @@ def time_steps(shard: Shard, case: Case, steps: int) -> list[int]:
     return found
 
 
-@contextmanager
-def timed(targets: list[tuple[type, str]]) -> Iterator[list[int]]:
-    """Replace functions by ones that add their nanoseconds and calls to the list that this yields."""
-    spent = [0, 0]
-    now = time.perf_counter_ns
-    originals = [(owner, name, getattr(owner, name)) for owner, name in targets]
-
-    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def wrapped(*args: Any) -> Any:
-            start = now()
-            result = function(*args)
-            spent[0] += now() - start
-            spent[1] += 1
-            return result
-
-        return wrapped
-
-    try:
-        for owner, name, function in originals:
-            setattr(owner, name, wrap(function))
-        yield spent
-    finally:
-        for owner, name, function in originals:
-            setattr(owner, name, function)
-
-
-class _Empty:
-    def call(self) -> None:
-        pass
-
-
-def timer_cost() -> float:
-    """Nanoseconds that a timer counts for a function that does nothing."""
-    empty, samples = _Empty(), []
-    with timed([(_Empty, "call")]) as spent:
-        for _ in range(200):
-            spent[0] = 0
-            for _ in range(100):
-                empty.call()
-            samples.append(spent[0] / 100)
-    return statistics.median(samples)
-
-
-def time_part(shard: Shard, case: Case, targets: list[tuple[type, str]], steps: int) -> list[float]:
+def time_part(shard: Shard, case: Case, targets: list[Target], steps: int) -> list[float]:
     """Nanoseconds of one part for each step, less what the timer costs."""
     cost, found = timer_cost(), []
     with timed(targets) as spent:
@@ -260,62 +216,6 @@ def time_long_prompt(length: int, repeats: int) -> dict[str, list[int]]:
             found["hash"].append(middle - start)
         assert len(pages) == len(digests)
     return found
-
-
-def calibrate() -> float:
-    """CPU nanoseconds of a thousand turns of a trivial loop: the median of some."""
-    samples = []
-    for _ in range(5):
-        start, value = time.thread_time_ns(), 0
-        for turn in range(20_000):
-            value += turn
-        samples.append((time.thread_time_ns() - start) / 20)
-    return statistics.median(samples)
-
-
-class Report:
-    """Prints what was found, as a table or as JSON lines. The trivial loop is timed before and after each part, since
-    a neighbour on the same core slows both alike."""
-
-    def __init__(self, as_json: bool) -> None:
-        self._as_json = as_json
-        self._case = ""
-        self._loops = [calibrate()]
-
-    def begin(self, case: str) -> None:
-        self._case = case
-        if not self._as_json:
-            print(f"\n{case:<68} {'median':>9} {'mean':>9} {'p99':>9}  loops", flush=True)
-
-    def whole(self, part: str, samples: Sequence[float]) -> float:
-        """What was timed in CPU time; the median in microseconds."""
-        ordered = sorted(samples)
-        late = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-        return self._line(part, 0, len(ordered), statistics.median(ordered), statistics.fmean(ordered), late)
-
-    def part(self, part: str, depth: int, samples: Sequence[float]) -> None:
-        """What was timed by the clock on the wall: only the median means something on a busy machine."""
-        self._line(part, depth, len(samples), statistics.median(samples))
-
-    def end(self) -> None:
-        turn = statistics.median(self._loops) / 1e3
-        if self._as_json:
-            print(json.dumps({"case": "calibration", "part": "loop", "ns_per_turn": round(turn, 2)}), flush=True)
-        else:
-            print(f"\none turn of the trivial loop: {turn:.1f} ns (median of the run)")
-
-    def _line(self, part: str, depth: int, steps: int, *nanoseconds: float) -> float:
-        self._loops.append(calibrate())
-        loops = nanoseconds[0] / statistics.fmean(self._loops[-2:])
-        if self._as_json:
-            names = ("median_us", "mean_us", "p99_us")
-            numbers = {name: round(value / 1e3, 3) for name, value in zip(names, nanoseconds, strict=False)}
-            line = {"case": self._case, "part": part, "depth": depth, "steps": steps, **numbers}
-            print(json.dumps(line | {"kiloloops": round(loops, 3)}), flush=True)
-        else:
-            cells = " ".join(f"{value / 1e3:6.1f} us" for value in nanoseconds)
-            print(f"  {'  ' * depth + part:<66} {cells:<29} {loops:6.1f}k", flush=True)
-        return nanoseconds[0] / 1e3
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -94,7 +94,8 @@ class ChatTemplate:
         sandbox.globals["strftime_now"] = lambda form: now().strftime(form)
         try:
             self._template = sandbox.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+        # Jinja compiles to Python, whose compiler has limits of its own: blocks nested 20, indented 100 deep
+        except (jinja2.TemplateError, RecursionError, SyntaxError, MemoryError) as error:
             raise ModelError(f"chat_template: is no Jinja template ({str(error)[:200]})") from error
         self._special_tokens, self._max_chars = dict(special_tokens), max_chars
 

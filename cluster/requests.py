@@ -62,6 +62,10 @@ def parse_request(
     """
     _check_shape(raw)
     given = {key: value for key, value in raw.items() if not (value is None and key in _NULLABLE)}
+    if text is None and given.get("stop"):
+        raise InvalidRequest(
+            "stop", given["stop"], "not be given: the model folder has no tokenizer", "send stop_token_ids"
+        )
     params = _read_params(given)
     request_id = check_request_id(given.get("request_id", request_id))
     salt = check_salt(given["cache_salt"], limits) if "cache_salt" in given else None

@@ -59,9 +59,13 @@ def _content(config: Mapping[str, Any], key: str) -> str | None:
     value = config.get(key)
     if isinstance(value, Mapping):
         value = value.get("content")
-    if value is not None and not isinstance(value, str):
-        raise ModelError(f"tokenizer_config.json: {key} must be a string or hold one as content")
+    if value is not None and (not isinstance(value, str) or _has_surrogate(value)):
+        raise ModelError(f"tokenizer_config.json: {key} must be a string that UTF-8 can hold, or hold one as content")
     return value
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _find_template(folder: Path, config: Mapping[str, Any]) -> str | None:

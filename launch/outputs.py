@@ -39,6 +39,7 @@ class RequestOutput:
     Attributes:
         prompt: the text, where the prompt was text.
         prompt_logprobs: one entry a prompt token where the request asked; the first is None, since nothing predicts it.
+        prompt_token_ids: empty where a server tokenized the prompt.
         num_cached_tokens: prompt tokens whose pages were there (or being filled) when the request was admitted.
     """
 
@@ -48,6 +49,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
+    num_prompt_tokens: int = 0
 
     @property
     def finished(self) -> bool:
@@ -98,6 +100,7 @@ class Collector:
             for index in range(params.n)
         ]
         self.output = RequestOutput(request.request_id, prompt, request.prompt, outputs)
+        self.output.num_prompt_tokens = len(request.prompt)
         if params.prompt_logprobs is not None:
             self.output.prompt_logprobs = [None]
         self._texts = [SampleText(request, tokenizer) for _ in range(params.n)]

@@ -38,7 +38,7 @@ def result_line(index: int, result: RequestOutput | QuireError) -> dict[str, Any
     line: dict[str, Any] = {
         "index": index,
         "request_id": result.request_id,
-        "prompt_tokens": len(result.prompt_token_ids),
+        "prompt_tokens": result.num_prompt_tokens,
         "cached_tokens": result.num_cached_tokens,
         "outputs": [_output(output) for output in result.outputs],
     }

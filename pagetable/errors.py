@@ -9,6 +9,7 @@
     |-- ConfigError           FAILED_PRECONDITION  the process refuses to start
     |-- ModelError            FAILED_PRECONDITION  the model folder is refused
     |-- RequestFailed         INTERNAL             one request died alone
+    |-- ServiceError          the server's own     what a server answered to a client of ours
     `-- PageError             INTERNAL             a page operation that must not be; nothing was changed
         |-- OutOfBlocks       RESOURCE_EXHAUSTED   no block is free and none can be evicted
         |-- StalePage         INTERNAL             the reference's generation is over
@@ -32,10 +33,11 @@ class QuireError(Exception):
 
 def shown(value: object, limit: int = 60) -> str:
     """`repr(value)`, cut to `limit` characters, so that a 27 MB prompt never lands in a log."""
-    if isinstance(value, (str, bytes, list, tuple)) and len(value) > limit:
-        text = repr(value[:limit])
-    else:
-        text = repr(value)
+    try:
+        cut = isinstance(value, (str, bytes, list, tuple)) and len(value) > limit
+        text = repr(value[:limit] if cut else value)  # type: ignore[index]
+    except (ValueError, RecursionError):  # an int of 4300 digits, or lists a thousand deep
+        text = f"a {type(value).__name__} too large to be shown"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
@@ -85,6 +87,19 @@ class ModelError(QuireError):
 
 class RequestFailed(QuireError):
     code = "INTERNAL"
+
+
+class ServiceError(QuireError):
+    """A server's answer, on the client's side.
+
+    Attributes:
+        code: the gRPC status name.
+        field: the request's field at fault, or "".
+    """
+
+    def __init__(self, code: str, message: str, field: str = "") -> None:
+        self.code, self.field = code, field  # type: ignore[misc]  # its code is the server's
+        super().__init__(message)
 
 
 class PageError(QuireError):

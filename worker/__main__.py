@@ -1,7 +1,8 @@
 """`python -m worker`: one shard's process, supervised by a keeper over pipes.
 
 stdin   one JSON line with the shard's settings; then nothing: when the keeper's end closes, this process ends
-stdout  JSON lines: {"loading": [bytes done, bytes in all]}, {"ready": hex of ShardInfo} or {"failed": {"code", "message"}}
+stdout  JSON lines: {"loading": [bytes done, bytes in all]}, {"ready": hex of ShardInfo} or {"failed": {"code",
+"message"}}
 
 Nothing of it is for people; logs go to stderr. The process also dies with its parent by PDEATHSIG where there is one.
 """

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence as ListOf
 from itertools import islice
 
 from pagetable.errors import InvalidRequest
 from pagetable.ids import LogicalPageId
 from pagetable.page import PagePool
-from pagetable.prefix_tree import extend_digests
+from pagetable.prefix_tree import NO_PAGE, extend_digests
 from pagetable.sampling import Request
 from worker.config import ShardConfig
 from worker.sequence import Sequence, State
@@ -42,13 +43,21 @@ class Admission:
 
     def match(self, sequence: Sequence) -> list[LogicalPageId]:
         """Pages in the tree that hold the sequence's next tokens; the last token is always computed, for its logits."""
-        size = self.config.block_size
-        first, last = sequence.num_computed // size, (len(sequence.tokens) - 1) // size
-        scoring = sequence.num_scored < sequence.prompt_length - 1  # prompt logprobs need every row
-        if not self.config.enable_prefix_caching or sequence.num_computed % size or first >= last or scoring:
-            return []
-        extend_digests(sequence.digests, sequence.root, sequence.tokens, size, last)
-        return self.pool.tree.match(islice(sequence.digests, first, last))
+        first, last = self._matchable(sequence)
+        return self.pool.tree.match(islice(sequence.digests, first, last)) if first < last else []
+
+    def found(self, sequence: Sequence) -> tuple[int, int]:
+        """How many pages `match` would give, and how many of them rest in the cache; without listing them.
+
+        A page's ancestors are in the tree with it, and whoever uses a page uses those before it: both by bisection.
+        """
+        first, last = self._matchable(sequence)
+        if first >= last:
+            return 0, 0
+        digests, find, order = sequence.digests, self.pool.tree.find, self.pool.order
+        end = bisect_left(range(last), True, lo=first, key=lambda i: find(digests[i]) == NO_PAGE)
+        rest = bisect_left(range(end), True, lo=first, key=lambda i: find(digests[i]) in order)
+        return end - first, end - rest
 
     def promised(self, running: ListOf[Sequence]) -> tuple[int, int]:
         """Prompts in progress, and the pages that they still need."""
@@ -59,10 +68,10 @@ class Admission:
         """Whether a prompt of `remaining` tokens may begin: short ones always, long ones while few are in progress."""
         return remaining <= most or in_progress < self.config.max_num_partial_prefills
 
-    def fits(self, sequence: Sequence, matched: ListOf[LogicalPageId], promised: int, num_running: int) -> bool:
+    def fits(self, sequence: Sequence, found: tuple[int, int], promised: int, num_running: int) -> bool:
         """Whether its pages fit beside those promised to prompts in progress and one for each running sequence."""
-        resting = sum(page in self.pool.order for page in matched)
-        needed = self._pages(len(sequence.tokens)) - len(matched)
+        matched, resting = found
+        needed = self._pages(len(sequence.tokens)) - matched
         return needed + promised + num_running <= self.pool.num_available - resting
 
     def beyond_preemption(self, sequence: Sequence, unfinished: ListOf[Sequence]) -> bool:
@@ -70,6 +79,16 @@ class Admission:
         older = [s for s in unfinished if s.order <= sequence.order]
         pages = sum(self._pages(s.max_length) for s in older)
         return pages <= self.pool.num_pages and len(older) <= self.config.max_num_seqs
+
+    def _matchable(self, sequence: Sequence) -> tuple[int, int]:
+        """The pages [first, last) that could be taken from the tree, with their digests at hand."""
+        size = self.config.block_size
+        first, last = sequence.num_computed // size, (len(sequence.tokens) - 1) // size
+        scoring = sequence.num_scored < sequence.prompt_length - 1  # prompt logprobs need every row
+        if not self.config.enable_prefix_caching or sequence.num_computed % size or first >= last or scoring:
+            return 0, 0
+        extend_digests(sequence.digests, sequence.root, sequence.tokens, size, last)
+        return first, last
 
     def _pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)

@@ -13,8 +13,8 @@ from worker.sequence import Sequence
 class Journal:
     """Collects changes after each plan and hands them out as one Events message.
 
-    The first message after `begin` is whole; those behind it carry what changed since. A view that applies them in order equals the
-    shard's own tables as of the last plan.
+    The first message after `begin` is whole; those behind it carry what changed since. A view that applies them in
+    order equals the shard's own tables as of the last plan.
     """
 
     def __init__(self, scheduler: ShardScheduler, epoch: int) -> None:

@@ -348,11 +348,11 @@ class ShardScheduler:
 
     def _may_enter(self, sequence: Sequence, share: int, step: Step, promised: tuple[int, int]) -> bool:
         admission = self._admission
-        matched = admission.match(sequence)
-        remaining = len(sequence.tokens) - len(matched) * self.config.block_size
+        found = admission.found(sequence)
+        remaining = len(sequence.tokens) - found[0] * self.config.block_size
         if not admission.may_start(remaining, min(share, step.budget), promised[0]):
             return False
-        fits = admission.fits(sequence, matched, promised[1], len(self.running))
+        fits = admission.fits(sequence, found, promised[1], len(self.running))
         if fits and sequence.preemptions >= self.config.max_preemptions:
             fits = admission.beyond_preemption(sequence, self.sequences())
         self._short_of_pages |= not fits

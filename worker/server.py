@@ -4,8 +4,8 @@
       frames -> inbox ------------------------------> handle, step
       one frame a step and connection <-------------- outbox
 
-The loop thread is the only one that touches the scheduler. The socket thread answers pings, so a long step is seen as such and
-not as a dead process.
+The loop thread is the only one that touches the scheduler. The socket thread answers pings, so a long step is seen as
+such and not as a dead process.
 """
 
 from __future__ import annotations

@@ -11,11 +11,21 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pagetable.allocator import NO_BLOCK, BlockAllocator, BlockState
 from pagetable.errors import InvariantBroken, OutOfBlocks, PageError, StalePage, WrongState
-from pagetable.ids import BlockId, DeviceId, Generation, PageRef, PlanNumber, block_of, device_of, generation_of, page_ref
+from pagetable.ids import (
+    BlockId,
+    DeviceId,
+    Generation,
+    PageRef,
+    PlanNumber,
+    block_of,
+    device_of,
+    generation_of,
+    page_ref,
+)
 
 FREE, RESERVED, LIVE, CACHED, QUARANTINED, BAD = BlockState
 DEVICE = DeviceId(7)
@@ -162,7 +172,10 @@ def test_the_generation_of_a_block_grows_by_one_at_each_allocation() -> None:
     for generation in (1, 2, 3):
         assert allocator.allocate() == [page_ref(DEVICE, BlockId(0), Generation(generation))]
         give(allocator, 0)
-    assert allocator.allocate(2) == [page_ref(DEVICE, BlockId(0), Generation(4)), page_ref(DEVICE, BlockId(1), Generation(1))]
+    assert allocator.allocate(2) == [
+        page_ref(DEVICE, BlockId(0), Generation(4)),
+        page_ref(DEVICE, BlockId(1), Generation(1)),
+    ]
 
 
 def test_the_generation_wraps_to_zero_after_all_its_bits() -> None:
@@ -219,7 +232,7 @@ def test_a_stale_reference_is_refused_by_every_call_with_nothing_changed(call: s
 MOVES = {
     "publish": "L....",
     "share": "RLL..",
-    # BUG (QUARANTINED): freed at once, while the aborted transfer may still write to it. Only `release` may end a quarantine.
+    # BUG (QUARANTINED): freed at once, while the aborted transfer may still write to it; only `release` may end that.
     "free": "FF.Q.",
     "keep": "RLC??",
     "drop": "RLF??",
@@ -400,8 +413,8 @@ def test_kept_blocks_come_to_rest_cached_in_the_order_in_which_they_were_given_u
     assert [allocator.state(block_of(ref)) for ref in refs] == [CACHED, CACHED, CACHED, FREE]
 
 
-# BUG: blocks rest in the order in which the first block began to wait for each plan. ShardScheduler.abandon retires several plans
-# at once; then a page can rest before the page behind it, and evicting it fails (see the same law in test_page_pool).
+# BUG: plans are taken in the order in which the first block began to wait for each. ShardScheduler.abandon retires
+# several at once; then a page can rest before the page behind it, and evicting it fails (see test_page_pool).
 def test_blocks_rest_in_plan_order_also_when_several_plans_retire_at_once() -> None:
     allocator = device(8)
     first, second, third = allocator.allocate(3)
@@ -433,6 +446,7 @@ def test_a_pinned_block_is_freed_by_the_last_of_its_pins() -> None:
     assert allocator.free(ref) == LIVE
     allocator.check()
     allocator.unpin(ref)
+    allocator.check()
     assert (allocator.state(BlockId(0)), allocator.num_retiring) == (LIVE, 0)
     allocator.unpin(ref)
     assert allocator.state(BlockId(0)) == FREE
@@ -507,6 +521,17 @@ def test_a_plan_of_an_earlier_life_takes_no_block_from_its_next_user() -> None:
     (ref,) = allocator.allocate()
     assert allocator.retire(PlanNumber(1)) == []
     assert (allocator.state(BlockId(0)), allocator.users(ref)) == (RESERVED, 1)
+
+
+def test_a_released_block_does_not_wait_for_a_plan_of_its_earlier_life() -> None:
+    allocator = device(1)
+    (ref,) = allocator.allocate()
+    allocator.share(ref)
+    allocator.free(ref, PlanNumber(1))
+    allocator.quarantine(ref)
+    allocator.release(ref)
+    (ref,) = allocator.allocate()
+    assert allocator.free(ref) == FREE
 
 
 # check()
@@ -713,20 +738,49 @@ class Model:
         self.blocks[n] = Block(BAD, generation=b.generation)
 
 
-picks = st.integers(0, 99)
+# One rule with weights: rules of their own would each be switched off in half of the examples, `allocate` too.
+WEIGHTS = {
+    "allocate": 3,
+    "grow": 4,
+    "free": 6,
+    "retire": 2,
+    "share": 3,
+    "publish": 4,
+    "keep": 3,
+    "quarantine": 2,
+    "release": 4,
+}
+STEPS = [call for call, weight in WEIGHTS.items() for _ in range(weight)]
+STEPS += ["drop", "pin", "unpin", "condemn"]
 
 
 class AllocatorMachine(RuleBasedStateMachine):
-    """Every call on references of all kinds: the same value or the same error as the model, and an error changes nothing."""
+    """Every call on references of all kinds: the model's value or the model's error, and an error changes nothing."""
 
-    @initialize(num_blocks=st.sampled_from([1, 5, 8, 11, 24, 35]))
+    @initialize(num_blocks=st.sampled_from([35, 24, 11, 8, 5, 1]))
     def begin(self, num_blocks: int) -> None:
         self.real = device(num_blocks)
         self.model = Model(num_blocks)
         self.old: list[PageRef] = [page_ref(DeviceId(0), BlockId(0), Generation(1))]
         self.new: list[PageRef] = []
 
-    def play(self, call: str, model: Callable[[], object], real: Callable[[], object]) -> Any:
+    @rule(call=st.sampled_from(STEPS), pick=st.integers(0, 999), number=st.integers(0, 5))
+    def step(self, call: str, pick: int, number: int) -> None:
+        if call == "allocate":
+            self.allocate(number, pick % 40)
+        elif call == "grow":
+            self.allocate(number, block_of(self.new[pick % len(self.new)]) if self.new else NO_BLOCK)
+        elif call == "retire":
+            plan = PlanNumber(max(0, self.model.retired + number - 1))
+            self.both(call, lambda: self.model.retire(plan), lambda: self.real.retire(plan))
+        elif call == "free":
+            self.on_block(call, pick, PlanNumber(max(0, self.model.retired + number - 2)))
+        elif call in ("keep", "drop"):
+            self.on_block("keep", pick, call == "keep")
+        else:
+            self.on_block(call, pick)
+
+    def both(self, call: str, model: Callable[[], object], real: Callable[[], object]) -> Any:
         before = snapshot(self.real)
         try:
             expected = model()
@@ -741,50 +795,24 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.new = [ref for ref in self.new if not self.model.is_free(block_of(ref))]
         return expected
 
-    def call(self, name: str, pick: int, *arguments: object) -> None:
-        refs = self.new if self.new and pick % 8 else self.old
-        ref = refs[pick // 8 % len(refs)]
-        self.play(
-            name,
-            lambda: getattr(self.model, name)(self.model.block(ref), *arguments),
-            lambda: getattr(self.real, name)(ref, *arguments),
+    def on_block(self, call: str, pick: int, *arguments: object) -> None:
+        refs = self.new if self.new and pick % 10 else self.old
+        ref = refs[pick // 10 % len(refs)]
+        self.both(
+            call,
+            lambda: getattr(self.model, call)(self.model.block(ref), *arguments),
+            lambda: getattr(self.real, call)(ref, *arguments),
         )
 
-    @rule(count=st.integers(0, 5), pick=picks, near=st.booleans())
-    def allocate(self, count: int, pick: int, near: bool) -> None:
-        behind = block_of(self.new[pick % len(self.new)]) if near and self.new else pick - 20 if pick < 20 else NO_BLOCK
-        follower = behind + 1
-        run = behind >= 0 and follower % 8 and follower < self.real.num_blocks and self.model.is_free(follower)
-        refs = self.play(
-            "allocate",
-            lambda: self.model.allocate(count, behind),
-            lambda: self.real.allocate(count, BlockId(behind)),
+    def allocate(self, count: int, near: int) -> None:
+        follower = near + 1
+        run = near >= 0 and follower % 8 and follower < self.real.num_blocks and self.model.is_free(follower)
+        refs = self.both(
+            "allocate", lambda: self.model.allocate(count, near), lambda: self.real.allocate(count, BlockId(near))
         )
         if refs:
             self.new += refs
             assert not run or block_of(refs[0]) == follower, "a run was broken off"
-
-    @rule(pick=picks, ahead=st.integers(-1, 3))
-    def free(self, pick: int, ahead: int) -> None:
-        self.call("free", pick, PlanNumber(max(0, self.model.retired + ahead)))
-
-    @rule(ahead=st.integers(-1, 3))
-    def retire(self, ahead: int) -> None:
-        plan = PlanNumber(max(0, self.model.retired + ahead))
-        self.play("retire", lambda: self.model.retire(plan), lambda: self.real.retire(plan))
-
-    @rule(pick=picks, kept=st.booleans())
-    def keep(self, pick: int, kept: bool) -> None:
-        self.call("keep", pick, kept)
-
-    @rule(pick=picks, name=st.sampled_from(["share", "publish", "pin", "unpin", "quarantine", "release"]))
-    def other(self, pick: int, name: str) -> None:
-        self.call(name, pick)
-
-    @precondition(lambda self: sum(b.state is BAD for b in self.model.blocks) < 3)
-    @rule(pick=picks)
-    def condemn(self, pick: int) -> None:
-        self.call("condemn", pick)
 
     @invariant()
     def the_books_are_the_models(self) -> None:
@@ -803,5 +831,5 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 
 # The same examples in every run; to search further, drop derandomize here and raise max_examples.
-AllocatorMachine.TestCase.settings = settings(deadline=None, derandomize=True, max_examples=120, stateful_step_count=50)
+AllocatorMachine.TestCase.settings = settings(deadline=None, derandomize=True, max_examples=150, stateful_step_count=50)
 TestAllocatorMachine = AllocatorMachine.TestCase

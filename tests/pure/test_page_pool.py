@@ -1,10 +1,11 @@
-"""The laws of PagePool: a page lives in all columns or in none, cached leaves go least recently used first, pinned pages stay,
-and a refused call changes nothing in any column."""
+"""The laws of PagePool: a page lives in all columns or in none, cached leaves go least recently used first, pinned
+pages stay, and a refused call changes nothing in any column."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ def refused(pool: PagePool, error: type[Exception] | tuple[type[Exception], ...]
 
 
 def chain(pool: PagePool, names: str, shared: tuple[Page, ...] = ()) -> list[Page]:
-    """A table of sealed, LIVE pages, `names[i]` the content of page i; the first ones are `shared` with another table."""
+    """A table of sealed, LIVE pages, `names[i]` the content of page i; the first ones are another table's, shared."""
     pages = list(shared)
     for page in shared:
         pool.share(page)
@@ -256,14 +257,14 @@ def test_only_sealed_pages_are_pinned_and_only_pinned_pages_unpinned() -> None:
     root, _, b, _ = fork(pool)
     (fresh,) = pool.allocate()
     for page in (fresh, NEVER, NO_PAGE):
-        refused(pool, WrongState, lambda page=page: pool.pin(page))
-        refused(pool, WrongState, lambda page=page: pool.unpin(page))
+        refused(pool, WrongState, partial(pool.pin, page))
+        refused(pool, WrongState, partial(pool.unpin, page))
     refused(pool, WrongState, lambda: pool.unpin(b))
     pool.pin(root)
     refused(pool, WrongState, lambda: pool.unpin(b))
 
 
-# BUG: taken, since a page counts the pins of those behind it. Then A rests before B, and unpin(B) fails half way (OverflowError).
+# BUG: taken, since a page counts the pins of those behind it. Then A rests before B, and unpin(B) fails half way.
 def test_a_page_that_only_those_behind_it_hold_is_not_unpinned() -> None:
     pool = two_columns()
     _, a, b, _ = fork(pool)
@@ -282,7 +283,12 @@ def test_seal_returns_the_page_that_holds_the_content_already() -> None:
     assert pool.seal(second, b"r", NO_PAGE) == first
     assert pool.seal(first, b"r", NO_PAGE) == first
     assert snapshot(pool) == before
-    assert [pool.sealed(first), pool.sealed(second), pool.writable(first), pool.writable(second)] == [True, False, False, True]
+    assert [pool.sealed(first), pool.sealed(second), pool.writable(first), pool.writable(second)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_a_sealed_page_is_found_before_it_is_published_and_can_be_shared_then() -> None:
@@ -310,6 +316,21 @@ def test_seal_refuses_a_page_that_nobody_allocated() -> None:
     assert pool.tree.match([b"r"]) == []
 
 
+# BUG (outside the scheduler, which seals before it forks): taken. Then a table may hold the page without those before
+# it in the tree, which eviction.py rules out ("whoever uses a page ..."), and a parent rests before its child.
+def test_seal_refuses_a_page_that_several_tables_hold() -> None:
+    pool = two_columns()
+    left = pool.allocate(2)
+    for page in left:
+        pool.share(page)
+    (first,) = chain(pool, "r")
+    right = [pool.seal(left[0], b"r", NO_PAGE), left[1]]
+    assert right == [first, left[1]]
+    pool.share(first)
+    pool.free(left[0])
+    refused(pool, WrongState, lambda: pool.seal(left[1], b"A", first))
+
+
 def test_a_dropped_page_stays_with_its_users_and_nobody_finds_it() -> None:
     pool = two_columns()
     table = chain(pool, "rA")
@@ -324,7 +345,12 @@ def test_a_dropped_page_without_users_is_free_at_once() -> None:
     pool = two_columns()
     root, a, b, c = fork(pool)
     pool.drop(b)
-    assert (states(pool, b), list(pool.order), pool.num_available, pool.num_evictions) == ([FREE] * 2, [c, a, root], 12, 0)
+    assert (states(pool, b), list(pool.order), pool.num_available, pool.num_evictions) == (
+        [FREE] * 2,
+        [c, a, root],
+        12,
+        0,
+    )
     pool.check([])
     assert pool.allocate() == [b]
 
@@ -354,7 +380,7 @@ def test_a_page_outside_the_tree_is_not_dropped() -> None:
     refused(pool, PageError, lambda: pool.drop(page))
 
 
-# BUG: a cached page is refused half way (out of the tree, still kept); one in use is dropped, and its pins can never be given back.
+# BUG: a cached page is refused half way (out of the tree, still kept); one in use is dropped, pins and all.
 @pytest.mark.parametrize("used", [False, True])
 def test_a_pinned_page_is_not_dropped(used: bool) -> None:
     pool = two_columns()
@@ -367,6 +393,27 @@ def test_a_pinned_page_is_not_dropped(used: bool) -> None:
     pool.unpin(b)
     pool.drop(b)
     assert not pool.sealed(b)
+
+
+def test_the_log_tells_of_every_page_that_can_be_found_from_now_on_or_no_longer() -> None:
+    pool = two_columns()
+    pool.log = []
+    _, a, b, _ = fork(pool)
+    assert pool.log == [(True, b"r"), (True, b"A"), (True, b"B"), (True, b"C")]
+    pool.log.clear()
+    pool.seal(pool.allocate()[0], b"C", a)  # found: nothing new
+    pool.drop(b)
+    pool.flush()
+    assert pool.log == [(False, b"B"), (False, b"C"), (False, b"A"), (False, b"r")]
+
+
+# BUG: the log says that the page is gone, before the tree refuses to let it go.
+def test_a_refused_drop_is_not_logged() -> None:
+    pool = two_columns()
+    root, a, _, _ = fork(pool)
+    pool.log = []
+    refused(pool, WrongState, lambda: pool.drop(a))
+    refused(pool, WrongState, lambda: pool.drop(root))
 
 
 # Users and plans
@@ -415,8 +462,8 @@ def test_free_and_share_of_a_page_without_users_are_refused() -> None:
     (page,) = pool.allocate()
     pool.free(page)
     for call in (pool.free, pool.share, pool.publish):
-        refused(pool, StalePage, lambda call=call: call(page))
-        refused(pool, StalePage, lambda call=call: call(NEVER))
+        refused(pool, StalePage, partial(call, page))
+        refused(pool, StalePage, partial(call, NEVER))
     (cached,) = chain(pool, "r")
     pool.free(cached)
     refused(pool, WrongState, lambda: pool.free(cached))
@@ -428,7 +475,7 @@ def test_no_page_is_none_of_the_pages() -> None:
     pool = two_columns(6, 9)
     table = pool.allocate(6)
     for call in (pool.share, pool.free, pool.publish, pool.users):
-        refused(pool, PageError, lambda call=call: call(NO_PAGE))
+        refused(pool, PageError, partial(call, NO_PAGE))
     pool.check([table])
 
 
@@ -486,14 +533,32 @@ DAMAGE: dict[str, tuple[Callable[[PagePool], object], str]] = {
     "a column's books": (lambda pool: pool.columns[1].counts.__setitem__(LIVE, 9), "device 9: counts differ"),
     "the tree": (lambda pool: pool.tree._children.clear(), "prefix tree: child counts"),
     "the order": (lambda pool: pool.order._pages.update({Page(0): None, Page(1): None}), "stands before its child"),
-    "a sealed page listed as not allocated": (lambda pool: pool._unused.append(Page(4)), "page 4 is not allocated but used"),
+    "a sealed page listed as not allocated": (
+        lambda pool: pool._unused.append(Page(4)),
+        "page 4 is not allocated but used",
+    ),
     "a page with one more user in one column": (one_more_user, "page 2: 2 users in the books, 1 tables"),
     "a page in two states": (lambda pool: move_to_live(pool, 1, 2), "page 2 is in different states"),
-    "a block that names no page": (lambda pool: pool._owner.__setitem__(pool.block(Page(3)), -1), "page 3: its block names page -1"),
-    "a block that names another page": (lambda pool: pool._owner.__setitem__(pool.block(Page(3)), 2), "its block names page 2"),
-    "a cached page that is never evicted": (lambda pool: pool.order.victim(), "page 4: eviction order and state disagree"),
-    "a used page that may be evicted": (lambda pool: pool.order.add(Page(1)), "page 1: eviction order and state disagree"),
-    "a pinned page that may be evicted": (lambda pool: pool._pins.__setitem__(4, 1), "page 4: eviction order and state disagree"),
+    "a block that names no page": (
+        lambda pool: pool._owner.__setitem__(pool.block(Page(3)), -1),
+        "page 3: its block names page -1",
+    ),
+    "a block that names another page": (
+        lambda pool: pool._owner.__setitem__(pool.block(Page(3)), 2),
+        "its block names page 2",
+    ),
+    "a cached page that is never evicted": (
+        lambda pool: pool.order.victim(),
+        "page 4: eviction order and state disagree",
+    ),
+    "a used page that may be evicted": (
+        lambda pool: pool.order.add(Page(1)),
+        "page 1: eviction order and state disagree",
+    ),
+    "a pinned page that may be evicted": (
+        lambda pool: pool._pins.__setitem__(4, 1),
+        "page 4: eviction order and state disagree",
+    ),
     # BUG, each: not found, or found by the wrong error (StalePage, KeyError)
     "a page freed in one column": (forget_a_column, "page 2"),
     "a free page that is not listed": (lambda pool: pool._unused.pop(), "page 5"),

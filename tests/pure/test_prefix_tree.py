@@ -1,4 +1,4 @@
-"""The laws of the prefix tree: a digest says everything that decides a page's content, and a match is the longest run of it."""
+"""The laws of the prefix tree: a digest says everything that decides a page's content, a match is the longest run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hashlib import sha256
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagetable.errors import InvariantBroken, PageError, WrongState
@@ -64,7 +64,9 @@ def test_the_digests_are_those_of_the_formula() -> None:
 
 
 def test_each_part_of_a_digest_alone_changes_it() -> None:
-    def digest(identity: bytes = b"m", salt: str = "s", first: tuple[int, ...] = (1, 2), second: tuple[int, ...] = (3, 4)) -> bytes:
+    def digest(
+        identity: bytes = b"m", salt: str = "s", first: tuple[int, ...] = (1, 2), second: tuple[int, ...] = (3, 4)
+    ) -> bytes:
         return link_digest(link_digest(root_digest(identity, salt), tokens(*first)), tokens(*second))
 
     digests = {
@@ -120,11 +122,12 @@ def test_digests_grow_in_any_steps_to_the_same_chain(values: list[int], block_si
 
 @LAWS
 @given(tokens_of, tokens_of, st.integers(1, 3))
-def test_two_sequences_have_equal_digests_exactly_for_their_common_full_pages(a: list[int], b: list[int], size: int) -> None:
-    digests = []
-    for values in (a, b):
-        digests.append([])  # type: ignore[var-annotated]
-        extend_digests(digests[-1], root_digest(b"m"), tokens(*values), size, len(values) // size)
+def test_two_sequences_have_equal_digests_exactly_for_their_common_full_pages(
+    a: list[int], b: list[int], size: int
+) -> None:
+    digests: list[list[bytes]] = [[], []]
+    for own, values in zip(digests, (a, b), strict=True):
+        extend_digests(own, root_digest(b"m"), tokens(*values), size, len(values) // size)
     common = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))) // size
     assert digests[0][:common] == digests[1][:common]
     assert set(digests[0][common:]).isdisjoint(digests[1])
@@ -163,7 +166,7 @@ def test_match_is_the_longest_common_prefix_in_full_pages(known: list[list[int]]
     pages = tree.match(digests)
     assert len(pages) == best
     assert [tree.digest(page) for page in pages] == digests[:best]
-    assert list(tree.path(pages[-1])) == pages[::-1] if pages else True
+    assert list(tree.path(pages[-1] if pages else NO_PAGE)) == pages[::-1]
 
 
 # The tree
@@ -222,7 +225,9 @@ def test_check_takes_every_order_with_leaves_first(order: list[Page]) -> None:
     fork().check(order)
 
 
-@pytest.mark.parametrize(("order", "text"), [([1, 2], "page 1 stands before its child 2"), ([2, 3, 0, 1], "page 0 stands before")])
+@pytest.mark.parametrize(
+    ("order", "text"), [([1, 2], "page 1 stands before its child 2"), ([2, 3, 0, 1], "page 0 stands before")]
+)
 def test_check_finds_a_page_that_would_go_before_its_child(order: list[Page], text: str) -> None:
     with pytest.raises(InvariantBroken, match=text):
         fork().check(order)
@@ -233,7 +238,10 @@ DAMAGE: dict[str, tuple[Callable[[PrefixTree], Any], str]] = {
     "a digest that finds a page outside": (lambda tree: tree._page.update({b"D": Page(9)}), "no bijection"),
     "a page that is not found": (lambda tree: tree._page.pop(b"B"), "no bijection"),
     "two pages of one digest": (lambda tree: tree._entry.update({Page(9): (b"B", Page(1))}), "no bijection"),
-    "a parent outside the tree": (lambda tree: tree._entry.update({Page(3): (b"C", Page(9))}), "page 3 has lost its parent 9"),
+    "a parent outside the tree": (
+        lambda tree: tree._entry.update({Page(3): (b"C", Page(9))}),
+        "page 3 has lost its parent 9",
+    ),
     "a child too many": (lambda tree: tree._children.update({Page(1): 3}), "child counts"),
     "a child too few": (lambda tree: tree._children.update({Page(1): 1}), "child counts"),
     "children of nobody": (lambda tree: tree._children.update({Page(9): 1}), "child counts"),
