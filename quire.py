@@ -1,4 +1,4 @@
-"""The users' door: `from quire import LLM, SamplingParams`.
+"""The users' door: `from quire import LLM, SamplingParams, connect`.
 
 Names are loaded when they are first asked for, so that `import quire` costs nothing.
 """
@@ -9,6 +9,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from launch.client import AsyncClient as AsyncClient
+    from launch.client import Client as Client
+    from launch.client import connect as connect
     from launch.config import EngineConfig as EngineConfig
     from launch.llm import LLM as LLM
     from launch.llm import CompletionOutput as CompletionOutput
@@ -20,7 +23,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AsyncClient": "launch.client",
+    "Client": "launch.client",
     "LLM": "launch.llm",
+    "connect": "launch.client",
     "CompletionOutput": "launch.llm",
     "RequestOutput": "launch.llm",
     "EngineConfig": "launch.config",
@@ -28,7 +34,18 @@ _HOMES = {
     "SamplingParams": "pagetable.sampling",
 }
 
-__all__ = ["LLM", "CompletionOutput", "EngineConfig", "QuireError", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncClient",
+    "Client",
+    "CompletionOutput",
+    "EngineConfig",
+    "QuireError",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+    "connect",
+]
 
 
 def __getattr__(name: str) -> object:

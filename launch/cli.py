@@ -1,4 +1,4 @@
-"""`quire`: generate, chat and bench on the command line.
+"""`quire`: generate, chat, serve and bench on the command line.
 
 Exit codes: 0; 1 where a request or the model failed; 2 where the command line or the configuration may not be;
 130 after an interrupt. Heavy modules are imported by the commands that need them, so that `--help` is quick.
@@ -7,25 +7,32 @@ Exit codes: 0; 1 where a request or the model failed; 2 where the command line o
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import io
 import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from launch.flags import Effective, Parser, UsageError, add_engine_flags, add_sampling_flags, effective, sampling_of
+from launch.commands import chat, generate
+from launch.config import SETTINGS
+from launch.flags import Effective, Parser, UsageError, add_engine_flags, add_sampling_flags, effective, flag_of
 from launch.machine import sleep_while_waiting
+from launch.remote import add_server_flags
+from launch.serve_flags import add_serve_flags
 from pagetable.errors import ConfigError, QuireError
 from quire import __version__
 
 if TYPE_CHECKING:
-    from launch.llm import LLM
-    from launch.prompts import Raw
+    pass
 
+# commands that talk to a running service
+_REMOTE = {
+    "status": "what each shard of a service is and does",
+    "pages": "which pages its sequences hold, as (device_id, block_id)",
+    "devices": "its pools of blocks",
+}
 _GENERATE = """\
 Runs a batch and prints its results in the order of the requests. A line of --prompts is a JSON object with one of
 `prompt` (text), `messages` ([{"role", "content"}]) and `prompt_token_ids`, and any sampling fields, for example
@@ -60,14 +67,27 @@ def _run(argv: Sequence[str]) -> int:
         parser.print_help(sys.stderr)
         return 2
     _check_packages()
+    if found.command in _REMOTE or getattr(found, "server", None) is not None:
+        _refuse_engine_flags(found)
+        return int(found.run(found, None))
     engine = effective(found, os.environ)
     if found.print_config:
         print("\n".join([*engine.to_yaml(), *_limits()]))
         return 0
-    if found.dry_run:
+    if found.dry_run and found.command != "serve":  # which plans for all its shards
         return _dry_run(engine)
     code: int = found.run(found, engine)
     return code
+
+
+def _refuse_engine_flags(found: argparse.Namespace) -> None:
+    """An engine is configured where it runs."""
+    given = [name for name in SETTINGS if name != "model" and hasattr(found, name)]
+    given += [name for name in ("config", "print_config", "dry_run") if getattr(found, name, None)]
+    if given:
+        raise UsageError(
+            f"{flag_of(given[0])}: stands with an engine in this process, not with --server; drop one of the two"
+        )
 
 
 def build_parser() -> Parser:
@@ -86,6 +106,7 @@ def build_parser() -> Parser:
     command.add_argument("--json", action="store_true", help="one JSON line for each request")
     command.add_argument("--output", metavar="FILE", help="instead of standard output")
     add_sampling_flags(command)
+    add_server_flags(command, required=False)
     add_engine_flags(command)
     command.set_defaults(run=generate, parser=command)
 
@@ -97,14 +118,32 @@ def build_parser() -> Parser:
     )
     command.add_argument("--system", metavar="TEXT", help="the system message")
     add_sampling_flags(command)
+    add_server_flags(command, required=False)
     add_engine_flags(command)
     command.set_defaults(run=chat, parser=command)
+
+    command = commands.add_parser(
+        "serve",
+        usage="quire serve MODEL [FLAG ...]",
+        help="serve a model over gRPC",
+        description="Starts a global scheduler, a front and a worker for each replica; ends on SIGTERM or Ctrl-C.",
+    )
+    add_serve_flags(command)
+    add_engine_flags(command)
+    command.set_defaults(run=_serve, parser=command)
 
     command = commands.add_parser(
         "bench", usage="quire bench --model DIR --case CASES [FLAG ...]", help="measure one engine in this process"
     )
     _add_bench_flags(command)
     command.set_defaults(run=_bench, parser=command)
+
+    for name, text in _REMOTE.items():
+        command = commands.add_parser(name, usage=f"quire {name} [FLAG ...]", help=text, description=text)
+        if name == "pages":
+            command.add_argument("request_id", nargs="?", metavar="REQUEST", help="only this request's")
+        add_server_flags(command, required=True)
+        command.set_defaults(run=_remote, parser=command)
     return parser
 
 
@@ -121,47 +160,23 @@ def _add_bench_flags(command: Parser) -> None:
     add_engine_flags(command, skip=("max_model_len", "max_num_seqs", "enable_prefix_caching"), model_flag=True)
 
 
+def _remote(found: argparse.Namespace, _: None) -> int:
+    from launch import remote
+
+    code: int = getattr(remote, found.command)(found)
+    return code
+
+
+def _serve(found: argparse.Namespace, engine: Effective) -> int:
+    from launch.serve import serve
+
+    return serve(found, engine)
+
+
 def _bench(found: argparse.Namespace, engine: Effective) -> int:
     from launch.bench import Options, bench
 
     return bench(engine.config, Options(found.case, found.repeats, found.warmups, found.quiet, found.json))
-
-
-def generate(found: argparse.Namespace, engine: Effective) -> int:
-    from launch.prompts import has_failed, result_line, to_text
-
-    raws = _read_requests(found)
-    with _output(found.output) as out:
-        llm = start(engine)
-        began = time.perf_counter()
-        results = llm.generate_raw(raws)
-        seconds = time.perf_counter() - began
-        failed = tokens = 0
-        for index, result in enumerate(results):
-            line = result_line(index, result)
-            failed += has_failed(line)
-            tokens += sum(len(output["token_ids"]) for output in line.get("outputs", ()))
-            print(to_text(line) if found.json else _plain(line), file=out, flush=True)
-    note(
-        f"{len(results)} requests, {failed} failed; {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s"
-    )
-    return 1 if failed else 0
-
-
-def start(engine: Effective) -> LLM:
-    """Load the model, and say on stderr what was changed and what fits."""
-    from launch.llm import LLM
-
-    if changed := engine.changed():
-        note("not default: " + ", ".join(changed))
-    llm = LLM(engine.config.model, config=engine.config, progress=sys.stderr.isatty())
-    for line in llm.describe():
-        note(line)
-    return llm
-
-
-def note(text: str) -> None:
-    print(f"quire: {text}", file=sys.stderr, flush=True)
 
 
 def _dry_run(engine: Effective) -> int:
@@ -179,99 +194,6 @@ def _limits() -> list[str]:
 
     known = [(f.name, f.default) for f in dataclasses.fields(Limits) if f.default is not dataclasses.MISSING]
     return ["# limits of a request:", *(f"#   {name}: {value}" for name, value in known)]
-
-
-def _read_requests(found: argparse.Namespace) -> list[Raw]:
-    from launch.prompts import read_lines
-
-    defaults = sampling_of(found)
-    raws: list[Raw] = []
-    if found.prompts is not None:
-        try:
-            with (
-                contextlib.nullcontext(sys.stdin.buffer) if found.prompts == "-" else open(found.prompts, "rb") as file
-            ):
-                raws.extend(read_lines(file, defaults))
-        except OSError as error:
-            raise UsageError(f"--prompts: cannot read {found.prompts}: {error.strerror}") from error
-    raws.extend({**defaults, "prompt": text} for text in found.prompt)
-    if not raws:
-        raise UsageError("--prompts: nothing to do; give --prompts FILE with at least one line, or --prompt TEXT")
-    return raws
-
-
-@contextlib.contextmanager
-def _output(path: str | None) -> Iterator[IO[str]]:
-    """The file to write to, opened before the model loads: a long run must not end in "no such folder"."""
-    with contextlib.ExitStack() as stack:
-        try:
-            file = (
-                sys.stdout
-                if path is None
-                else stack.enter_context(open(path, "w", encoding="utf-8", errors="backslashreplace"))
-            )
-        except OSError as error:
-            raise UsageError(f"--output: cannot write {path}: {error.strerror}") from error
-        yield file
-
-
-def _plain(line: dict[str, Any]) -> str:
-    """A result for people."""
-    if "error" in line:
-        return f"[{line['index']}] error: {line['error']['message']}"
-    many = len(line["outputs"]) > 1
-    return "\n".join(
-        f"[{line['index']}{'.' + str(output['index']) if many else ''}] "
-        + (output["text"] or " ".join(map(str, output["token_ids"])))
-        for output in line["outputs"]
-    )
-
-
-def chat(found: argparse.Namespace, engine: Effective) -> int:
-    """Turn by turn, until the input ends; text appears as it comes. A failed turn is taken back."""
-    given = {"max_tokens": 512, **sampling_of(found)}
-    if given.get("n", 1) != 1:
-        raise UsageError("--n: a chat has one answer; use quire generate for several")
-    llm = start(engine)
-    opening = [{"role": "system", "content": found.system}] if found.system else []
-    messages = list(opening)
-    failed = False
-    for turn in _turns():
-        if turn == "/clear":
-            messages = list(opening)
-            continue
-        messages.append({"role": "user", "content": turn})
-        answer = ""
-        try:
-            for output in llm.stream({**given, "messages": messages}):
-                grown = output.outputs[0].text
-                print(_printable(grown[len(answer) :]), end="", flush=True)
-                answer = grown
-        except QuireError as error:
-            note(f"error: {' '.join(str(error).split())}")
-            messages.pop()
-            failed = True
-            continue
-        print(flush=True)
-        messages.append({"role": "assistant", "content": answer})
-    return 1 if failed else 0
-
-
-def _printable(text: str) -> str:
-    """Half a surrogate pair, which a terminal cannot show, as its escape."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _turns() -> Iterator[str]:
-    talks = sys.stdin.isatty()
-    while True:
-        if talks:
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()
 
 
 def _check_packages() -> None:

@@ -39,7 +39,7 @@ DEFAULTS = {"max_tokens": 24, "ignore_eos": True, "temperature": 1.0}
 
 
 def main() -> int:
-    from launch.cli import start
+    from launch.commands import start
 
     sleep_while_waiting()
     with tempfile.TemporaryDirectory(prefix="quire-demo-") as folder:

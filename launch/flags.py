@@ -17,11 +17,9 @@ from pagetable.errors import ConfigError
 from pagetable.sampling import SamplingParams
 
 ENVIRONMENT = "QUIRE_"
-# Read elsewhere, and so not a mistake: the file itself.
-_OTHER_VARIABLES = ("QUIRE_CONFIG",)
-
-
-CONFIG_VARIABLES = (*(ENVIRONMENT + name.upper() for name in SETTINGS), *_OTHER_VARIABLES)
+CONFIG_VARIABLES = (*(ENVIRONMENT + name.upper() for name in SETTINGS), "QUIRE_CONFIG")
+# Read elsewhere, and so not a mistake: the kernels' backend.
+_OTHER_VARIABLES = ("QUIRE_KERNELS",)
 
 
 class UsageError(ConfigError):

@@ -23,6 +23,7 @@ from cluster.requests import Text, parse_request
 from cluster.tokenizer import Tokenizer
 from launch.config import EngineConfig
 from launch.memory import MemoryPlan
+from launch.models.catalog import resolve
 from launch.outputs import Collector, CompletionOutput, RequestOutput
 from pagetable.errors import AlreadyExists, InvalidRequest, NotFound, QuireError
 from pagetable.sampling import Limits, Request, SamplingParams
@@ -44,7 +45,7 @@ class LLM:
     """A model, its pages and its loop in this process. One caller at a time.
 
     Args:
-        model: folder of a Hugging Face model.
+        model: folder of a Hugging Face model, or the name of one that comes with Quire.
         config: everything else; or give its fields by name.
         progress: show a bar on stderr while weights load; or a callable `(bytes done, bytes in all)`.
 
@@ -58,8 +59,9 @@ class LLM:
             config = EngineConfig(model=model, **fields)
         elif fields:
             raise TypeError(f"give config or {', '.join(fields)}, not both")
+        config.check_one_process()
         self.config = config
-        folder = Path(model)
+        folder = Path(resolve(model))
         self.model_config = ModelConfig.from_folder(folder)
         self.plan = MemoryPlan.make(config, self.model_config)
         self.tokenizer = Tokenizer.from_folder(folder)
@@ -301,7 +303,8 @@ class LLM:
 
 def describe_plan(config: EngineConfig) -> list[str]:
     """What `config` would load and what would fit, without reading weights."""
-    return MemoryPlan.make(config, ModelConfig.from_folder(config.model)).describe()
+    config.check_one_process()
+    return MemoryPlan.make(config, ModelConfig.from_folder(resolve(config.model))).describe()
 
 
 def _text(tokenizer: Tokenizer | None) -> Text | None:

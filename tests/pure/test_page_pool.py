@@ -100,6 +100,7 @@ def test_each_column_places_a_page_by_its_own_runs() -> None:
     first, second, third = pool.allocate()[0], pool.allocate()[0], pool.allocate()[0]
     assert [pool.place(p, 0) for p in (first, second, third)] == [(4, 0), (4, 8), (4, 9)]
     assert [pool.place(p, 1) for p in (first, second, third)] == [(9, 0), (9, 8), (9, 16)]
+    assert pool.place(third) == (4, 9)  # the first column, where none is named
     behind = pool.allocate(2, near=first)
     assert behind == [3, 4]
     assert [[pool.block(p, column) for p in behind] for column in (0, 1)] == [[1, 2], [1, 2]]

@@ -60,7 +60,7 @@ def test_a_result_line_has_its_outputs_and_pages_and_no_infinity() -> None:
     )
     result = SimpleNamespace(
         request_id="r",
-        prompt_token_ids=[1, 2, 3],
+        num_prompt_tokens=3,
         num_cached_tokens=2,
         outputs=[output],
         prompt_logprobs=[None, TokenLogprobs(-1.5, 2, ())],
