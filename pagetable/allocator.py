@@ -22,6 +22,7 @@ from enum import IntEnum
 from pagetable.errors import InvariantBroken, OutOfBlocks, StalePage, WrongState
 from pagetable.ids import (
     MAX_BLOCKS,
+    MAX_DEVICES,
     MAX_GENERATIONS,
     BlockId,
     DeviceId,
@@ -56,6 +57,8 @@ class BlockAllocator:
     def __init__(self, device_id: DeviceId, num_blocks: int) -> None:
         if not 1 <= num_blocks <= MAX_BLOCKS:
             raise ValueError(f"num_blocks: got {num_blocks}, must be from 1 to {MAX_BLOCKS}")
+        if not 0 <= device_id < MAX_DEVICES:
+            raise ValueError(f"device_id: got {device_id}, must be from 0 to {MAX_DEVICES - 1}")
         self.device_id = device_id
         self.num_blocks = num_blocks
         self.counts = [num_blocks, 0, 0, 0, 0, 0]  # by state
@@ -98,11 +101,17 @@ class BlockAllocator:
         block = self._block(ref)
         return self._users[block] == 1 and not self._keep[block]
 
+    def kept(self, ref: PageRef) -> bool:
+        """Whether the block is CACHED once nobody uses it."""
+        return bool(self._keep[self._block(ref)])
+
     def allocate(self, count: int = 1, near: BlockId = NO_BLOCK) -> list[PageRef]:
         """Take `count` FREE blocks, RESERVED for one user each; behind `near` and in runs where possible.
 
         Raises OutOfBlocks where fewer are free.
         """
+        if count < 0:
+            raise ValueError(f"count: got {count}, must be 0 or more")
         if count > self.counts[BlockState.FREE]:
             raise OutOfBlocks(f"device {self.device_id}: {count} blocks needed, {self.num_free} free")
         refs = []
@@ -140,7 +149,7 @@ class BlockAllocator:
         self._users[block] -= 1
         if after > self._busy[block]:
             self._busy[block] = after
-        if not self._users[block]:
+        if not self._users[block] and self._state[block] in _HELD:
             self._let_go(block)
         return BlockState(self._state[block])
 
@@ -150,10 +159,12 @@ class BlockAllocator:
             raise WrongState(f"plan {plan} retires after plan {self._retired}")
         self._retired = plan
         rested = []
-        for number in [n for n in self._retiring if n <= plan]:
+        # by number: what hangs on a page waits for no later plan than the page, and must rest before it
+        for number in sorted(n for n in self._retiring if n <= plan):
             for block in self._retiring.pop(number):
-                rested.append(self._ref(block))
                 self._rest(block)
+                if self._state[block] not in _HELD:  # a pin may hold it still
+                    rested.append(self._ref(block))
         return rested
 
     def keep(self, ref: PageRef, kept: bool) -> None:
@@ -179,7 +190,9 @@ class BlockAllocator:
 
     def quarantine(self, ref: PageRef) -> None:
         """RESERVED -> QUARANTINED: the transfer that fills it was aborted and may still write."""
-        self._move(self._in_state(ref, BlockState.RESERVED), BlockState.QUARANTINED)
+        block = self._in_state(ref, BlockState.RESERVED)
+        self._retiring.get(PlanNumber(self._busy[block]), {}).pop(block, None)
+        self._move(block, BlockState.QUARANTINED)
 
     def release(self, ref: PageRef) -> None:
         """QUARANTINED -> FREE: nothing writes to it any more."""
@@ -190,6 +203,8 @@ class BlockAllocator:
     def condemn(self, ref: PageRef) -> None:
         """-> BAD, for ever: the memory under an unused, unpinned or quarantined block failed."""
         block = self._in_state(ref, BlockState.CACHED, BlockState.QUARANTINED)
+        if self._pins[block] and self._state[block] == BlockState.CACHED:
+            raise WrongState(f"block {block} of device {self.device_id} is pinned")
         self._users[block] = self._pins[block] = self._keep[block] = 0
         self._move(block, BlockState.BAD)
 
@@ -215,7 +230,7 @@ class BlockAllocator:
                 require(self._users[b] == 0 and self._keep[b] == 1, f"cached block {b} has users or no keeper")
             elif state in _HELD and not self._users[b]:
                 require(b in waiting or self._pins[b] > 0, f"block {b} has no user and waits for nothing: a leak")
-        used = self.num_blocks - self.num_free - self.counts[BlockState.BAD]
+        used = self.num_blocks - self.num_free
         require(self.num_allocations - self.num_frees == used, "allocations less frees differ from the blocks in use")
 
     def _ref(self, block: BlockId) -> PageRef:

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 
 from pagetable.allocator import NO_PLAN
-from pagetable.errors import InvariantBroken, WrongState
+from pagetable.errors import InvariantBroken, PageError, WrongState
 from pagetable.ids import BlockId, DeviceId, LogicalPageId, PlanNumber
 from pagetable.page import PagePool
 from pagetable.prefix_tree import NO_PAGE
@@ -50,10 +50,17 @@ class BlockTable:
         """Share full pages of a matched prefix behind the full pages that the table has."""
         if self.num_tokens % self.block_size:
             raise WrongState("a prefix can only be adopted at a page boundary")
-        for page in pages:
-            self.pool.share(page)
-            self.pages.append(page)
-            self.num_tokens += self.block_size
+        taken: list[LogicalPageId] = []
+        try:
+            for page in pages:
+                self.pool.share(page)
+                taken.append(page)
+        except PageError:
+            for page in reversed(taken):
+                self.pool.free(page)
+            raise
+        self.pages.extend(taken)
+        self.num_tokens += len(taken) * self.block_size
 
     def append(self, num_tokens: int, after: PlanNumber) -> tuple[LogicalPageId, LogicalPageId] | None:
         """Room for `num_tokens` more tokens, which plan `after` writes.
@@ -62,6 +69,8 @@ class BlockTable:
         copy's source is given up with that plan. Raises OutOfBlocks with nothing changed.
         """
         pool, pages = self.pool, self.pages
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens: got {num_tokens}, must be 0 or more; `trim` gives tokens up")
         needed = -(-(self.num_tokens + num_tokens) // self.block_size) - len(pages)
         copies = num_tokens > 0 and self._copies()
         if needed + copies:
@@ -89,8 +98,8 @@ class BlockTable:
 
     def swap(self, index: int, page: LogicalPageId, after: PlanNumber) -> None:
         """Use `page`, which holds the same tokens, in place of the own page at `index`."""
-        self.pool.share(page)
         own = LogicalPageId(self.pages[index])
+        self.pool.share(page)
         self.pages[index] = page
         self.pool.free(own, after)
 

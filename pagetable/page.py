@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 
 from pagetable.allocator import NO_BLOCK, NO_PLAN, BlockAllocator, BlockState
-from pagetable.errors import InvariantBroken, OutOfBlocks, WrongState
+from pagetable.errors import InvariantBroken, OutOfBlocks, StalePage, WrongState
 from pagetable.eviction import LruOrder
 from pagetable.ids import BlockId, DeviceId, LogicalPageId, PageRef, PlanNumber, block_of, device_of
 from pagetable.prefix_tree import NO_PAGE, PrefixTree
@@ -32,8 +32,9 @@ class PagePool:
         self.num_evictions = 0
         self.log: list[tuple[bool, bytes]] | None = None  # (sealed or forgotten, digest), for whoever reports it
         size = min(column.num_blocks for column in columns)
-        self._refs = [array("Q", bytes(8 * size)) for _ in columns]
-        self._pins = array("I", bytes(4 * size))
+        self._refs = [array("Q", bytes(8 * (size + 1))) for _ in columns]  # one more, that NO_PAGE names: always stale
+        self._pins = array("I", bytes(4 * size))  # of the page and of all behind it
+        self._pinned: dict[LogicalPageId, int] = {}  # of the page alone
         self._owner = array("i", [_NO_OWNER]) * columns[0].num_blocks  # block of column 0 -> logical page
         self._unused = [LogicalPageId(i) for i in reversed(range(size))]
         self._size = size
@@ -129,6 +130,8 @@ class PagePool:
         found = self.tree.find(digest)
         if found != NO_PAGE:
             return found
+        if self.users(page) != 1:  # two tables could hold it behind different copies of its prefix
+            raise WrongState(f"page {page} is held by {self.users(page)} tables, not 1")
         self.tree.insert(page, digest, parent)
         if self.log is not None:
             self.log.append((True, digest))
@@ -143,6 +146,7 @@ class PagePool:
         """Keep the sealed page and all before it in its prefix from eviction until `unpin`."""
         if page not in self.tree:
             raise WrongState(f"page {page} is not in the prefix tree")
+        self._pinned[page] = self._pinned.get(page, 0) + 1
         for held in self.tree.path(page):
             self._pins[held] += 1
             self.order.remove(held)
@@ -150,8 +154,11 @@ class PagePool:
                 column.pin(PageRef(refs[held]))
 
     def unpin(self, page: LogicalPageId) -> None:
-        if page not in self.tree or not self._pins[page]:
+        if page not in self._pinned:
             raise WrongState(f"page {page} is not pinned")
+        self._pinned[page] -= 1
+        if not self._pinned[page]:
+            del self._pinned[page]
         for held in self.tree.path(page):  # from the leaf up: a child comes to rest before its parent
             self._pins[held] -= 1
             for column, refs in zip(self.columns, self._refs, strict=True):
@@ -167,6 +174,8 @@ class PagePool:
 
     def drop(self, page: LogicalPageId) -> None:
         """Take a sealed leaf out of the tree (its bytes never came): its users keep it, nobody finds it any more."""
+        if page in self._pinned:
+            raise WrongState(f"page {page} is pinned")
         self._forget(page)
         if page in self.order:
             self.order.remove(page)
@@ -184,6 +193,10 @@ class PagePool:
             for page in table:
                 users[page] = users.get(page, 0) + 1
         idle = set(self._unused)
+        if len(idle) != len(self._unused):
+            raise InvariantBroken("a page is listed twice as not allocated")
+        if unknown := users.keys() - set(range(self._size)):
+            raise InvariantBroken(f"a table holds pages {sorted(unknown)} of {self._size}")
         for page in map(LogicalPageId, range(self._size)):
             if page in idle:
                 if page in users or page in self.tree:
@@ -192,15 +205,19 @@ class PagePool:
             states = set()
             for column, refs in zip(self.columns, self._refs, strict=True):
                 ref = PageRef(refs[page])
-                if column.users(ref) != users.get(page, 0):
-                    raise InvariantBroken(
-                        f"page {page}: {column.users(ref)} users in the books, {users.get(page, 0)} tables"
-                    )
+                try:
+                    counted = column.users(ref)
+                except StalePage as error:
+                    raise InvariantBroken(f"page {page} is allocated, but {error}") from error
+                if counted != users.get(page, 0):
+                    raise InvariantBroken(f"page {page}: {counted} users in the books, {users.get(page, 0)} tables")
                 states.add(column.state(block_of(ref)))
             if len(states) != 1:
                 raise InvariantBroken(f"page {page} is in different states in different columns")
             if self._owner[self.block(page)] != page:
                 raise InvariantBroken(f"page {page}: its block names page {self._owner[self.block(page)]}")
+            if self.columns[0].kept(self.ref(page)) != (page in self.tree):
+                raise InvariantBroken(f"page {page}: kept and prefix tree disagree")
             rests = states == {BlockState.CACHED} and not self._pins[page]
             if rests != (page in self.order):
                 raise InvariantBroken(f"page {page}: eviction order and state disagree")
@@ -219,9 +236,9 @@ class PagePool:
         self.num_evictions += 1
 
     def _forget(self, page: LogicalPageId) -> None:
+        digest = self.tree.remove(page)
         if self.log is not None:
-            self.log.append((False, self.tree.digest(page)))
-        self.tree.remove(page)
+            self.log.append((False, digest))
         for column, refs in zip(self.columns, self._refs, strict=True):
             column.keep(PageRef(refs[page]), False)
 

@@ -81,16 +81,17 @@ class PrefixTree:
         self._page[digest] = page
         self._entry[page] = digest, parent
 
-    def remove(self, page: LogicalPageId) -> None:
-        """Forget a leaf."""
-        if self._children.get(page):
-            raise WrongState(f"page {page} has children in the tree")
+    def remove(self, page: LogicalPageId) -> bytes:
+        """Forget a leaf. Returns its digest."""
+        if page not in self._entry or self._children.get(page):
+            raise WrongState(f"page {page} is no leaf of the tree")
         digest, parent = self._entry.pop(page)
         del self._page[digest]
         if parent != NO_PAGE:
             self._children[parent] -= 1
             if not self._children[parent]:
                 del self._children[parent]
+        return digest
 
     def path(self, page: LogicalPageId) -> Iterator[LogicalPageId]:
         """`page` and the pages before it, last first."""
@@ -118,6 +119,8 @@ class PrefixTree:
             raise InvariantBroken("prefix tree: child counts differ from a recount")
         rank = {page: i for i, page in enumerate(order)}
         for page in order:
+            if page not in self._entry:
+                raise InvariantBroken(f"eviction order: page {page} is not in the tree")
             parent = self._entry[page][1]
             if rank.get(parent, len(rank)) < rank[page]:
                 raise InvariantBroken(f"eviction order: page {parent} stands before its child {page}")

@@ -157,7 +157,6 @@ def test_a_device_has_from_one_block_to_what_a_reference_can_name(num_blocks: in
         device(num_blocks)
 
 
-# BUG: not refused; the references of such a device name another one, or do not fit in 64 bits.
 @pytest.mark.parametrize("number", [-1, 2**16])
 def test_a_device_number_that_no_reference_can_name_is_refused(number: int) -> None:
     with pytest.raises(ValueError, match="device_id"):
@@ -232,7 +231,6 @@ def test_a_stale_reference_is_refused_by_every_call_with_nothing_changed(call: s
 MOVES = {
     "publish": "L....",
     "share": "RLL..",
-    # BUG (QUARANTINED): freed at once, while the aborted transfer may still write to it; only `release` may end that.
     "free": "FF.Q.",
     "keep": "RLC??",
     "drop": "RLF??",
@@ -271,7 +269,6 @@ def test_each_call_moves_a_block_as_the_table_says_or_is_refused_with_nothing_ch
         assert allocator.counts == expected
 
 
-# BUG: the books count a condemned block as gone but never as freed, so they never add up again.
 def test_the_books_add_up_after_a_block_went_bad() -> None:
     allocator, _ = in_state(BAD)
     allocator.check()
@@ -321,7 +318,6 @@ def test_a_refused_allocation_changes_nothing(count: int) -> None:
     assert take(allocator, 3, near=4) == [5, 6, 7]
 
 
-# BUG: taken, and num_allocations counts down.
 def test_a_negative_count_is_refused_with_nothing_changed() -> None:
     allocator = device(8)
     before = snapshot(allocator)
@@ -413,8 +409,6 @@ def test_kept_blocks_come_to_rest_cached_in_the_order_in_which_they_were_given_u
     assert [allocator.state(block_of(ref)) for ref in refs] == [CACHED, CACHED, CACHED, FREE]
 
 
-# BUG: plans are taken in the order in which the first block began to wait for each. ShardScheduler.abandon retires
-# several at once; then a page can rest before the page behind it, and evicting it fails (see test_page_pool).
 def test_blocks_rest_in_plan_order_also_when_several_plans_retire_at_once() -> None:
     allocator = device(8)
     first, second, third = allocator.allocate(3)
@@ -469,7 +463,6 @@ def test_a_block_with_a_pin_and_a_plan_waits_for_both(kept: bool) -> None:
     assert allocator.state(BlockId(1)) == (CACHED if kept else FREE)
 
 
-# BUG (minor): a pinned block that stays as it is, is returned too.
 def test_retire_returns_only_what_came_to_rest() -> None:
     allocator = device(8)
     first, second = allocator.allocate(2)
@@ -479,7 +472,6 @@ def test_retire_returns_only_what_came_to_rest() -> None:
     assert allocator.retire(PlanNumber(1)) == [second]
 
 
-# BUG (condemn): taken, and the reader that holds the pin can no longer give it back.
 @pytest.mark.parametrize("call", ["drop", "condemn"])
 def test_a_pinned_cached_block_is_neither_dropped_nor_condemned(call: str) -> None:
     allocator, ref = in_state(CACHED)
@@ -502,7 +494,6 @@ def test_a_released_block_begins_its_next_life_without_users_pins_or_keeper() ->
     assert allocator.writable(ref_of(allocator, 0))
 
 
-# BUG: the retiring plan ends the quarantine and frees the block.
 def test_a_retiring_plan_does_not_end_a_quarantine() -> None:
     allocator, ref = in_state(RESERVED)
     allocator.free(ref, PlanNumber(1))
@@ -511,7 +502,6 @@ def test_a_retiring_plan_does_not_end_a_quarantine() -> None:
     assert allocator.state(BlockId(0)) == QUARANTINED
 
 
-# BUG: the plan takes the block from its next user.
 def test_a_plan_of_an_earlier_life_takes_no_block_from_its_next_user() -> None:
     allocator = device(1)
     (ref,) = allocator.allocate()

@@ -116,7 +116,6 @@ def test_append_without_room_changes_nothing() -> None:
     check(table, child)
 
 
-# BUG: taken, where whole pages are given back num_allocations counts down and the pages stay.
 @pytest.mark.parametrize("num_tokens", [-1, -4, -9])
 def test_a_negative_number_of_tokens_is_refused(num_tokens: int) -> None:
     table = table_of(pool_of(8), 8)
@@ -278,7 +277,6 @@ def test_a_swap_for_a_page_that_is_gone_is_refused() -> None:
     refused(StalePage, lambda: table.swap(0, gone, PLAN), table)
 
 
-# BUG (minor): an IndexError after the share: the page has a user too many for ever.
 def test_a_swap_beyond_the_table_changes_nothing() -> None:
     pool = pool_of(8)
     table, other = table_of(pool, 4), table_of(pool, 4)
@@ -323,7 +321,6 @@ def test_nothing_is_adopted_behind_a_partial_page(num_tokens: int) -> None:
     refused(WrongState, lambda: second.adopt([]), first, second)
 
 
-# BUG (minor): the pages before the one that is refused stay adopted.
 def test_a_refused_adoption_changes_nothing() -> None:
     pool = pool_of(8)
     first, second = table_of(pool, 8), BlockTable(pool, SIZE)

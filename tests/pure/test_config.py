@@ -108,10 +108,7 @@ def test_what_print_config_prints_is_a_file_that_says_the_same(
     assert read("--config", str(file)).config == read(*argv).config
 
 
-@pytest.mark.parametrize(
-    ("short", "long"),
-    [("-tp", "--tensor-parallel-size"), ("-pp", "--pipeline-parallel-size"), ("-dp", "--data-parallel-size")],
-)
+@pytest.mark.parametrize(("short", "long"), [("-tp", "--tensor-parallel-size"), ("-pp", "--pipeline-parallel-size")])
 def test_parallel_sizes_have_their_short_flags_and_are_one(
     short: str, long: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,6 +119,15 @@ def test_parallel_sizes_have_their_short_flags_and_are_one(
     with pytest.raises(NotSupported):
         EngineConfig("m", **{long[2:].replace("-", "_"): 2})
     assert refused(capsys, "m", short, "0") == f"{long}: got 0, must be a whole number from 1 to 1024"
+
+
+def test_replicas_have_their_short_flag_and_are_for_serve(capsys: pytest.CaptureFixture[str]) -> None:
+    assert read("m", "-dp", "2").config == EngineConfig("m", data_parallel_size=2)
+    assert main(["generate", "m", "-dp", "2", "--prompt", "x"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "quire: error: data_parallel_size: got 2, must be 1; replicas are for `quire serve`"
+    )
+    assert refused(capsys, "m", "-dp", "0") == "--data-parallel-size: got 0, must be a whole number from 1 to 1024"
 
 
 _UNITS = "B, KiB, MiB, GiB, TiB, KB, MB, GB, TB"

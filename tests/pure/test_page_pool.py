@@ -182,7 +182,6 @@ def test_out_of_blocks_changes_nothing_in_any_column(used: int) -> None:
     refused(pool, OutOfBlocks, pool.allocate)
 
 
-# BUG: taken; the allocators' num_allocations count down.
 def test_a_negative_count_is_refused_with_nothing_changed() -> None:
     pool = two_columns()
     refused(pool, (ValueError, PageError), lambda: pool.allocate(-1))
@@ -265,7 +264,6 @@ def test_only_sealed_pages_are_pinned_and_only_pinned_pages_unpinned() -> None:
     refused(pool, WrongState, lambda: pool.unpin(b))
 
 
-# BUG: taken, since a page counts the pins of those behind it. Then A rests before B, and unpin(B) fails half way.
 def test_a_page_that_only_those_behind_it_hold_is_not_unpinned() -> None:
     pool = two_columns()
     _, a, b, _ = fork(pool)
@@ -310,15 +308,12 @@ def test_seal_refuses_a_parent_outside_the_tree_and_a_page_with_another_content(
     assert pool.seal(second, b"A", first) == second
 
 
-# BUG: StalePage, but the tree finds the page from then on.
 def test_seal_refuses_a_page_that_nobody_allocated() -> None:
     pool = two_columns()
     refused(pool, PageError, lambda: pool.seal(NEVER, b"r", NO_PAGE))
     assert pool.tree.match([b"r"]) == []
 
 
-# BUG (outside the scheduler, which seals before it forks): taken. Then a table may hold the page without those before
-# it in the tree, which eviction.py rules out ("whoever uses a page ..."), and a parent rests before its child.
 def test_seal_refuses_a_page_that_several_tables_hold() -> None:
     pool = two_columns()
     left = pool.allocate(2)
@@ -374,14 +369,12 @@ def test_a_page_with_others_behind_it_is_not_dropped() -> None:
     refused(pool, WrongState, lambda: pool.drop(root))
 
 
-# BUG: a KeyError, which is in no error tree.
 def test_a_page_outside_the_tree_is_not_dropped() -> None:
     pool = two_columns()
     (page,) = pool.allocate()
     refused(pool, PageError, lambda: pool.drop(page))
 
 
-# BUG: a cached page is refused half way (out of the tree, still kept); one in use is dropped, pins and all.
 @pytest.mark.parametrize("used", [False, True])
 def test_a_pinned_page_is_not_dropped(used: bool) -> None:
     pool = two_columns()
@@ -408,7 +401,6 @@ def test_the_log_tells_of_every_page_that_can_be_found_from_now_on_or_no_longer(
     assert pool.log == [(False, b"B"), (False, b"C"), (False, b"A"), (False, b"r")]
 
 
-# BUG: the log says that the page is gone, before the tree refuses to let it go.
 def test_a_refused_drop_is_not_logged() -> None:
     pool = two_columns()
     root, a, _, _ = fork(pool)
@@ -443,8 +435,6 @@ def test_a_retiring_page_shared_again_is_not_evicted() -> None:
     pool.check([table[:1]])
 
 
-# BUG: BlockAllocator.retire does not go by plan number, so page r rests before page A behind it and evicting it fails.
-# Reachable: two cancelled sequences with plans 6 and 7 in flight, then ShardScheduler.abandon.
 def test_a_page_rests_after_those_behind_it_also_when_several_plans_retire_at_once() -> None:
     pool = two_columns()
     left = chain(pool, "rA")
@@ -471,7 +461,6 @@ def test_free_and_share_of_a_page_without_users_are_refused() -> None:
     refused(pool, WrongState, lambda: pool.publish(cached))
 
 
-# BUG: NO_PAGE is -1, so Python takes it for the last page.
 def test_no_page_is_none_of_the_pages() -> None:
     pool = two_columns(6, 9)
     table = pool.allocate(6)
@@ -491,7 +480,6 @@ def test_no_page_is_none_of_the_pages() -> None:
         ("a table of a cached page", [[0, 1, 2], [0, 3], [4]], "page 4: 0 users in the books, 1 tables"),
         ("a table of a free page", [[0, 1, 2], [0, 3], [5]], "page 5 is not allocated but used"),
         ("a page twice in a table", [[0, 1, 1, 2], [0, 3]], "twice in one table"),
-        # BUG: not found
         ("a table of no page", [[0, 1, 2], [0, 3, 99]], "99"),
     ],
 )
@@ -560,7 +548,6 @@ DAMAGE: dict[str, tuple[Callable[[PagePool], object], str]] = {
         lambda pool: pool._pins.__setitem__(4, 1),
         "page 4: eviction order and state disagree",
     ),
-    # BUG, each: not found, or found by the wrong error (StalePage, KeyError)
     "a page freed in one column": (forget_a_column, "page 2"),
     "a free page that is not listed": (lambda pool: pool._unused.pop(), "page 5"),
     "a page listed twice as not allocated": (lambda pool: pool._unused.append(pool._unused[-1]), "twice"),

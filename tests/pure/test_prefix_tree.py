@@ -210,7 +210,6 @@ def test_remove_refuses_a_page_with_children() -> None:
     refused(tree, lambda: tree.remove(Page(1)))
 
 
-# BUG: a KeyError, which is in no error tree.
 @pytest.mark.parametrize("page", [9, NO_PAGE])
 def test_remove_refuses_a_page_outside_the_tree(page: int) -> None:
     tree = fork()
@@ -259,7 +258,6 @@ def test_check_finds_planted_damage(name: str) -> None:
         tree.check()
 
 
-# BUG: a KeyError.
 def test_check_finds_a_page_outside_the_tree_in_the_eviction_order() -> None:
     with pytest.raises(InvariantBroken, match="9"):
         fork().check([Page(9)])
