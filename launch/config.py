@@ -174,7 +174,9 @@ class EngineConfig:
     )
     tensor_parallel_size: int = setting(1, "int", "ranks that split each layer", low=1, high=1024, only=1, short="-tp")
     pipeline_parallel_size: int = setting(1, "int", "stages of layers", low=1, high=1024, only=1, short="-pp")
-    data_parallel_size: int = setting(1, "int", "replicas of the model", low=1, high=1024, only=1, short="-dp")
+    data_parallel_size: int = setting(
+        1, "int", "replicas of the model; more than one under `quire serve`", low=1, high=1024, short="-dp"
+    )
 
     def __post_init__(self) -> None:
         for name, known in SETTINGS.items():
@@ -185,6 +187,13 @@ class EngineConfig:
                 self.num_gpu_blocks_override,
                 "stand without kv_cache_memory_bytes",
                 "both size the pool: drop one of the two",
+            )
+
+    def check_one_process(self) -> None:
+        """NotSupported where this configuration needs the processes of `quire serve`."""
+        if self.data_parallel_size != 1:
+            raise NotSupported(
+                f"data_parallel_size: got {self.data_parallel_size}, must be 1; replicas are for `quire serve`"
             )
 
     @property

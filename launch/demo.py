@@ -1,99 +1,182 @@
-"""`make demo`: a batch on a tiny model with random weights, and the pages that its requests share."""
+"""`make demo`: a cluster on this machine, streams over gRPC, and the pages behind them.
+
+Two services run side by side, started as a user would start them: `story` on two shards under Ray, and `recall`,
+which looks up facts in a long context. Ends with exit code 0 and no process left.
+"""
 
 from __future__ import annotations
 
-import json
+import asyncio
+import contextlib
+import re
+import signal
+import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
-from launch.config import EngineConfig
-from launch.flags import Effective
-from launch.machine import sleep_while_waiting
-from launch.models.tiny_llama import make_tiny_llama
-from launch.prompts import has_failed, read_lines, result_line
+from launch.client import AsyncClient
+from launch.models.recall_text import KEYS, WORDS, make_context
+from launch.outputs import RequestOutput
+from launch.remote import page_lines
+from pagetable.errors import QuireError, RequestFailed
 
-_OPENING = (
-    "You are a helpful assistant. Answer in one short sentence. A quire is a gathering of pages. "
-    "A book is made of quires, and each quire is folded, sewn and bound with the others. "
-    "The memory of a machine is a shelf of blocks. A block holds a page, and a table says where. "
+START_SECONDS = 120.0
+LONG_CONTEXT = 16_384  # tokens of facts
+_READY = re.compile(r"ready on (\S+): ")
+_OPENING = "Once upon a time there was a"
+_TOKENS = 160
+_REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("one", {"prompt": _OPENING, "seed": 1}),
+    ("two", {"prompt": _OPENING, "seed": 2}),
+    ("three", {"prompt": "One day", "seed": 3}),
+    ("twins", {"prompt": _OPENING, "seed": 4, "n": 2}),
+    ("split", {"prompt": "The", "seed": 5}),
+    ("greedy", {"prompt": _OPENING, "temperature": 0}),
 )
-# All end in the same step, so no block changes hands and equal numbers mean shared pages.
-REQUESTS: Sequence[dict[str, Any]] = (
-    {"prompt": _OPENING + "What is a page?"},
-    {"prompt": _OPENING + "How many pages does a book have?"},
-    {
-        "prompt": "When a guest came in from the rain, the keeper asked what they wanted to read, and they often read",
-        "n": 3,
-        "seed": 1,
-    },
-    {"prompt": "Once upon a time there was a small library", "temperature": 0.0},
-    {"prompt": "The memory of a machine is", "temperature": 0.7, "top_p": 0.9},
-    {"messages": [{"role": "user", "content": "Why copy a page that two people read?"}]},
-    {"prompt_token_ids": list(range(40, 60)), "temperature": 0.0},
-)
-DEFAULTS = {"max_tokens": 24, "ignore_eos": True, "temperature": 1.0}
+
+
+class Show:
+    """Prints sentences as they are complete, each behind the name of its stream, and keeps the figures."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.first: list[float] = []
+        self.tokens = 0
+        self._printed: dict[tuple[str, int], int] = {}
+
+    def grown(self, name: str, output: RequestOutput) -> None:
+        for sample in output.outputs:
+            key = name, sample.index
+            if sample.token_ids and key not in self._printed:
+                self._printed[key] = 0
+                self.first.append(time.perf_counter() - self.began)
+            at = self._printed.get(key, 0)
+            end = len(sample.text) if sample.finish_reason else sample.text.rfind(". ") + 1
+            if end > at:
+                label = f"{name}.{sample.index}" if len(output.outputs) > 1 else name
+                print(f"  {label:>8} | {sample.text[at:end].strip()}", flush=True)
+                self._printed[key] = end
+
+    def ended(self, output: RequestOutput, inherited: int = 0) -> None:
+        self.tokens += sum(len(sample.token_ids) for sample in output.outputs) - inherited
+
+
+@contextlib.asynccontextmanager
+async def service(*arguments: str) -> AsyncIterator[AsyncClient]:
+    """`quire serve` in a process of its own, and a client of it; stopped by SIGTERM. Raises where it doesn't end
+    well."""
+    command = (sys.executable, "-m", "launch.cli", "serve", *arguments, "--port", "0", "--metrics-port", "0")
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+    )
+    try:
+        assert process.stdout is not None
+        line = (await asyncio.wait_for(process.stdout.readline(), START_SECONDS)).decode()
+        found = _READY.match(line)
+        if found is None:
+            raise RequestFailed(f"quire serve {' '.join(arguments)} did not become ready; run it to see why")
+        client = AsyncClient(found[1])
+        yield client
+        await client.close()
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        status = await process.wait()
+    if status != 0:
+        raise RequestFailed(f"quire serve {' '.join(arguments)} ended with status {status}")
+
+
+async def stories(client: AsyncClient, show: Show) -> None:
+    """Six requests at once, one of them split in two while it runs; the page map while all run."""
+    forked = asyncio.Event()
+    mapped = asyncio.create_task(show_pages(client, forked))
+
+    async def run(name: str, raw: dict[str, Any]) -> None:
+        children: list[asyncio.Task[None]] = []
+        output = None
+        async for output in client.stream({"max_tokens": _TOKENS, "ignore_eos": True, **raw}):
+            show.grown(name, output)
+            if name == "split" and not children and len(output.outputs[0].token_ids) >= 12:
+                children.append(asyncio.create_task(fork(output.request_id, len(output.outputs[0].token_ids))))
+        if output is not None:
+            show.ended(output)
+        await asyncio.gather(*children)
+
+    async def fork(request_id: str, inherited: int) -> None:
+        output = None
+        async for output in client.fork(request_id, seed=50):
+            forked.set()
+            show.grown("fork", output)
+        if output is not None:
+            show.ended(output, inherited)
+
+    try:
+        await asyncio.gather(*(run(name, raw) for name, raw in _REQUESTS))
+    finally:
+        forked.set()
+        await mapped
+
+
+async def show_pages(client: AsyncClient, forked: asyncio.Event) -> None:
+    """The page map once the fork has begun, while everything still runs."""
+    await forked.wait()
+    page_map = await client.page_map()
+    users = {(shared.page.device_id, shared.page.block_id): shared.users for shared in page_map.shared_pages}
+    lines = ["", "pages as (device_id, block_id), * shared, while all of them run:"]
+    lines += [f"  {line}" for line in page_lines(page_map.sequences, users)]
+    held = sum(len(sequence.pages) for sequence in page_map.sequences)
+    saved = sum(count - 1 for count in users.values())
+    lines.append(f"  {held} entries in {len(page_map.sequences)} tables, {held - saved} pages: sharing saved {saved}")
+    print("\n".join([*lines, ""]), flush=True)
+    if not users:
+        raise RequestFailed("no page was shared")
+
+
+async def recall(client: AsyncClient) -> None:
+    """Facts at both ends and in the middle of a long context; all questions but the first find the context's pages."""
+    context = make_context(LONG_CONTEXT, range(len(KEYS)), seed=7)
+    keys = list(context.facts)
+    print(f"\nrecall: {len(keys)} facts in a context of {LONG_CONTEXT} tokens", flush=True)
+    for key in (keys[0], keys[len(keys) // 2], keys[-1]):
+        began = time.perf_counter()
+        raw = {"prompt_token_ids": [*context.token_ids, key], "max_tokens": 1, "temperature": 0}
+        output = await client.complete(raw)
+        seconds, answer = time.perf_counter() - began, output.outputs[0].token_ids[0]
+        found = f"{output.num_cached_tokens} tokens were in pages already"
+        print(f"  {WORDS[key]}, {len(context.token_ids) - context.positions[key]} tokens ago: {WORDS[answer]}", end="")
+        print(f"   ({seconds:.2f} s, {found})", flush=True)
+        if answer != context.facts[key]:
+            raise RequestFailed(f"recall: {WORDS[key]} is {WORDS[context.facts[key]]}, the answer was {WORDS[answer]}")
+
+
+async def run() -> None:
+    began = time.perf_counter()
+    print("starting: `quire serve story -dp 2` (Ray) and `quire serve recall --no-ray`", flush=True)
+    engine = ("--max-num-seqs", "16", "--num-gpu-blocks-override", "1024")
+    long = ("--max-num-seqs", "4", "--max-model-len", "32768", "--num-gpu-blocks-override", "2048", "--no-ray")
+    async with service("story", "-dp", "2", *engine) as story, service("recall", *long) as facts:
+        print(f"ready after {time.perf_counter() - began:.1f} s\n", flush=True)
+        show = Show()
+        await stories(story, show)
+        seconds = time.perf_counter() - show.began
+        rate, first = show.tokens / seconds, statistics.median(show.first) * 1000
+        print(
+            f"\n{show.tokens} tokens in {seconds:.2f} s: {rate:.0f} tokens/s; median time to first token {first:.0f} ms"
+        )
+        await recall(facts)
+        print("\nstopping", flush=True)
+    print(f"all of it took {time.perf_counter() - began:.1f} s", flush=True)
 
 
 def main() -> int:
-    from launch.commands import start
-
-    sleep_while_waiting()
-    with tempfile.TemporaryDirectory(prefix="quire-demo-") as folder:
-        print("A tiny Llama with RANDOM weights: what it writes means nothing, where its pages lie does.\n")
-        make_tiny_llama(Path(folder))
-        config = EngineConfig(model=folder, max_model_len=1024, num_gpu_blocks_override=512)
-        llm = start(Effective(config, {}))
-        raws = list(read_lines((json.dumps(line).encode() for line in REQUESTS), DEFAULTS))
-        began = time.perf_counter()
-        results = llm.generate_raw(raws)
-        seconds = time.perf_counter() - began
-
-    lines = [result_line(index, result) for index, result in enumerate(results)]
-    failed = [line for line in lines if has_failed(line)]
-    tables = _tables(lines)
-    users: dict[tuple[int, int], int] = {}
-    for table in tables.values():
-        for page in table:
-            users[page] = users.get(page, 0) + 1
-    for raw, line in zip(REQUESTS, lines, strict=True):
-        _print(raw, line, users)
-    used, kept = sum(map(len, tables.values())), len(users)
-    tokens = sum(len(output["token_ids"]) for line in lines for output in line.get("outputs", ()))
-    saved = f"sharing saved {used - kept} ({1 - kept / max(used, 1):.0%})"
-    print(f"pages: {used} in the tables of {len(tables)} sequences, {kept} in memory: {saved}")
-    print(f"speed: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s")
-    if failed or used == kept:
-        print(f"demo: {len(failed)} requests failed, {used - kept} pages were shared", file=sys.stderr)
+    try:
+        asyncio.run(run())
+    except QuireError as error:
+        print(f"demo: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _tables(lines: Sequence[dict[str, Any]]) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """(request, sample) -> its pages as (device_id, block_id)."""
-    return {
-        (line["index"], output["index"]): [(device, block) for device, block in output["pages"]]
-        for line in lines
-        for output in line.get("outputs", ())
-    }
-
-
-def _print(raw: dict[str, Any], line: dict[str, Any], users: dict[tuple[int, int], int]) -> None:
-    asked = raw.get("prompt") or json.dumps(raw.get("messages") or raw["prompt_token_ids"])
-    print(f"[{line['index']}] {asked if len(asked) <= 100 else '...' + asked[-97:]}")
-    if "error" in line:
-        print(f"    error: {line['error']['message']}\n")
-        return
-    print(f"    {line['prompt_tokens']} prompt tokens, {line['cached_tokens']} of them in pages that were there")
-    for output in line["outputs"]:
-        pages = [(device, block) for device, block in output["pages"]]
-        shown = " ".join(f"({device}, {block}){'*' if users[device, block] > 1 else ''}" for device, block in pages)
-        print(f"    sample {output['index']}: {output['text']!r}")
-        print(f"      pages (device_id, block_id), * shared: {shown}")
-    print()
 
 
 if __name__ == "__main__":

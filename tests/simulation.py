@@ -329,6 +329,8 @@ class Simulation:
             return
         parent = self.rng.choice(running)
         emitted = tuple(parent.tokens[parent.prompt_length :])
+        if self.rng.random() < 0.5:  # from an earlier output, as a front does that has not seen the last ones
+            emitted = emitted[: self.rng.randrange(len(emitted) + 1)]
         room = self.config.max_model_len - parent.prompt_length
         if len(emitted) + 1 > room:
             return
@@ -338,7 +340,7 @@ class Simulation:
         self.names += 1
         request = Request(f"f{self.names}", parent.request.prompt, params, (EOS,), parent.request.cache_salt)
         try:
-            self.scheduler.fork(parent.request.request_id, parent.sample_index, request)
+            self.scheduler.fork(parent.request.request_id, parent.sample_index, request, len(emitted))
         except Exception as error:
             assert type(error).__name__ == "Overloaded"
             return

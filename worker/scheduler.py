@@ -429,7 +429,7 @@ class ShardScheduler:
         child.table = parent.table.fork(num_tokens)
         child.num_computed = num_tokens
         child.cached_tokens = min(num_tokens, child.prompt_length)
-        child.digests = parent.digests[:]
+        child.digests = parent.digests[: num_tokens // self.config.block_size]  # what follows may differ
         child.num_sealed = min(parent.num_sealed, num_tokens // self.config.block_size)
         child.last_plan = parent.last_plan
         child.slot = self._free_slots.pop()

@@ -1,4 +1,4 @@
-"""The whole engine against transformers: equal tokens in float32, with paging, sharing, chunks, preemption and forks on."""
+"""The whole engine against transformers: equal float32 tokens with paging, sharing, chunks, preemption and forks on."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from array import array
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -39,6 +40,7 @@ from pagetable.prefix_tree import link_digest, root_digest
 from quire_pb.cluster.v1 import cluster_pb2
 from quire_pb.memory.v1 import memory_pb2
 from quire_pb.worker.v1 import worker_pb2 as pb
+from tests.pure.test_house import IMPURE, ROOT, imports
 
 READY, DRAINING, DEAD = pb.CONDITION_READY, pb.CONDITION_DRAINING, pb.CONDITION_DEAD
 KEEPER, FRONT, SIZE = 50, 70, 4
@@ -632,3 +634,10 @@ def test_config_is_checked(make: Any, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         make()
     assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("name", ["answers", "claims", "messages", "policy", "scheduler", "view"])
+def test_the_core_reads_no_clock_draws_no_number_and_does_no_io(name: str) -> None:
+    source = (ROOT / "cluster" / f"{name}.py").read_text(encoding="utf-8")
+    found = {module.partition(".")[0] for module, _, _ in imports(ast.parse(source))}
+    assert not found & (IMPURE | {"logging"}), name

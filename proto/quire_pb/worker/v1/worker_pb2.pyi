@@ -62,7 +62,7 @@ class Hello(_message.Message):
     def __init__(self, role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class ShardInfo(_message.Message):
-    __slots__ = ("shard_id", "epoch", "address", "pid", "block_size", "num_blocks", "max_model_len", "max_num_seqs", "vocab_size", "identity", "dtype", "device_ids", "model", "eos_token_ids")
+    __slots__ = ("shard_id", "epoch", "address", "pid", "block_size", "num_blocks", "max_model_len", "max_num_seqs", "vocab_size", "identity", "dtype", "device_ids", "model", "eos_token_ids", "block_bytes")
     SHARD_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +77,7 @@ class ShardInfo(_message.Message):
     DEVICE_IDS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     shard_id: int
     epoch: int
     address: str
@@ -91,7 +92,8 @@ class ShardInfo(_message.Message):
     device_ids: _containers.RepeatedScalarFieldContainer[int]
     model: str
     eos_token_ids: bytes
-    def __init__(self, shard_id: _Optional[int] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., identity: _Optional[bytes] = ..., dtype: _Optional[str] = ..., device_ids: _Optional[_Iterable[int]] = ..., model: _Optional[str] = ..., eos_token_ids: _Optional[bytes] = ...) -> None: ...
+    block_bytes: int
+    def __init__(self, shard_id: _Optional[int] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., identity: _Optional[bytes] = ..., dtype: _Optional[str] = ..., device_ids: _Optional[_Iterable[int]] = ..., model: _Optional[str] = ..., eos_token_ids: _Optional[bytes] = ..., block_bytes: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("shard",)

@@ -1,0 +1,203 @@
+"""`quire serve`: a plan of all processes from the configuration, and their life from here, with Ray or without.
+
+check -> plan -> start -> "ready on ..." -> SIGTERM or Ctrl-C -> drain -> stop
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cluster.ray_token import RayToken
+from cluster.service import Service, ServicePlan
+from launch.config import EngineConfig, show_size
+from launch.flags import Effective
+from launch.machine import available_cores, available_memory
+from launch.memory import MemoryPlan
+from launch.serve_flags import ServeConfig, choose_port, read_serve
+from pagetable.errors import ConfigError
+from worker.model_config import ModelConfig
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_EXAMPLE = "Once upon a time"
+
+
+def serve(found: argparse.Namespace, engine: Effective) -> int:
+    """The subcommand. Returns once the service has ended in good order; raises QuireError where it can't be."""
+    config = read_serve(found)
+    if config.detach and not found.dry_run:
+        from launch.detach import detach
+
+        make_plan(config, engine.config)  # what is refused is refused here, where somebody reads it
+        return detach(sys.argv[1:])
+    plan, lines = make_plan(config, engine.config)
+    if found.dry_run:
+        print("\n".join(lines))
+        return 0
+    if changed := engine.changed():
+        lines.insert(0, "not default: " + ", ".join(changed))
+    for line in lines:
+        _note(line)
+    with _service(config, plan) as service:
+        asyncio.run(_live(service, plan))
+    return 0
+
+
+def make_plan(config: ServeConfig, engine: EngineConfig) -> tuple[ServicePlan, list[str]]:
+    """What every process gets, and lines for people. ConfigError before anything is started."""
+    folder, name = resolve_model(engine.model)
+    replicas = engine.data_parallel_size
+    if config.address is None:
+        _check_cores(replicas)
+    memory = _memory_plan(dataclasses.replace(engine, model=str(folder)), folder, replicas)
+    threads = engine.threads if engine.threads is not None else max(1, available_cores() // replicas)
+    workers = tuple(
+        {
+            "folder": str(folder),
+            "shard_id": index,
+            "device_id": index,
+            "dtype": memory.dtype,
+            "model": name,
+            "threads": threads,
+            "shard": dataclasses.asdict(memory.shard),
+        }
+        for index in range(replicas)
+    )
+    port = choose_port("--port", config.host, config.port)
+    metrics = config.metrics_port if config.metrics_port is not None else port + 1 if config.port else 0
+    front = {
+        "host": config.host,
+        "port": port,
+        "metrics_port": choose_port("--metrics-port", "127.0.0.1", metrics),
+        "metrics_compat": config.metrics_compat,
+        "folder": str(folder),
+        "model": name,
+        "api_keys": config.api_keys and os.path.abspath(config.api_keys),
+        "tls": config.tls,
+        "seed": engine.seed,
+        "insecure": config.insecure,
+        "drain_seconds": config.drain_seconds,
+    }
+    plan = ServicePlan(
+        secret=secrets.token_bytes(32),
+        scheduler_port=choose_port("scheduler", "127.0.0.1", 0),
+        front=front,
+        workers=workers,
+        environment={"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")},
+        drain_seconds=config.drain_seconds,
+    )
+    words = f"{replicas} shard{'s' if replicas > 1 else ''}, each with {threads} thread{'s' if threads > 1 else ''} and"
+    return plan, [words, *(f"  {line}" for line in memory.describe())]
+
+
+def resolve_model(model: str) -> tuple[Path, str]:
+    """The folder to load and the name that users see."""
+    from launch.models.catalog import resolve
+
+    folder = Path(resolve(model)).absolute()
+    return folder, folder.resolve().name
+
+
+def _check_cores(replicas: int) -> None:
+    cores = available_cores()
+    if replicas > cores:
+        limit = f"be at most {cores}: each shard keeps one core of this machine busy"
+        raise ConfigError(
+            "data_parallel_size", replicas, limit, "lower it, or join a Ray cluster that has more (--address)"
+        )
+
+
+def _memory_plan(engine: EngineConfig, folder: Path, replicas: int) -> MemoryPlan:
+    """Each shard has its own weights and pool; all must fit together."""
+    free = available_memory()
+    share = None if free is None else free // replicas
+    plan = MemoryPlan.make(engine, ModelConfig.from_folder(folder), share)
+    each = plan.weight_bytes + plan.num_blocks * plan.block_bytes
+    if free is not None and each * replicas > free:
+        limit = f"leave each shard {show_size(each)} of the {show_size(free)} that are free"
+        cure = f"at most {free // each} fit; lower it, or give each a smaller pool (--kv-cache-memory-bytes)"
+        raise ConfigError("data_parallel_size", replicas, limit, cure)
+    return plan
+
+
+@contextlib.contextmanager
+def _service(config: ServeConfig, plan: ServicePlan) -> Iterator[Service]:
+    if not config.ray:
+        from launch.local import LocalService
+
+        yield LocalService(plan, _note)
+        return
+    token = RayToken() if config.address is None else None
+    try:
+        from cluster.head import RayService
+
+        yield RayService(plan, config.address, available_cores(), _note)
+    finally:
+        if token is not None:
+            token.remove()
+
+
+async def _live(service: Service, plan: ServicePlan) -> None:
+    """Start, say that it is ready, wait for a signal or a failure, stop. A second signal ends the drain."""
+    loop = asyncio.get_running_loop()
+    signals: asyncio.Queue[int] = asyncio.Queue()
+
+    def listen() -> None:
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, signals.put_nowait, number)
+
+    listen()
+    signalled = asyncio.create_task(signals.get(), name="signals")
+    starting = asyncio.create_task(service.start(), name="start")
+    try:
+        while not (starting.done() or signalled.done()):
+            await asyncio.wait([starting, signalled], timeout=0.05, return_when=asyncio.FIRST_COMPLETED)
+            listen()  # Ray's start puts handlers of its own in place of ours
+        if starting.done():
+            starting.result()
+            _announce(plan)
+            watching = asyncio.create_task(service.watch(), name="watch")
+            await asyncio.wait([watching, signalled], return_when=asyncio.FIRST_COMPLETED)
+            if not await _ended(watching):
+                watching.result()
+    finally:
+        await _ended(starting)
+        stopping = asyncio.create_task(service.stop(), name="stop")
+        await _ended(signalled)
+        signalled = asyncio.create_task(signals.get(), name="signals")
+        await asyncio.wait([stopping, signalled], return_when=asyncio.FIRST_COMPLETED)
+        if not stopping.done():
+            await service.hurry()
+        await stopping
+        await _ended(signalled)
+
+
+async def _ended(task: asyncio.Task[Any]) -> bool:
+    """Whether a task had to be cancelled; it is over either way."""
+    was_running = not task.done()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return was_running
+
+
+def _announce(plan: ServicePlan) -> None:
+    front = plan.front
+    host = f"[{front['host']}]" if ":" in front["host"] else front["host"]
+    reach = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    _note(f"metrics on http://127.0.0.1:{front['metrics_port']}/metrics")
+    paste = f'quire generate --server {reach}:{front["port"]} --prompt "{_EXAMPLE}"'
+    print(f"ready on {host}:{front['port']}: {paste}", flush=True)
+
+
+def _note(text: str) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(f"quire: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,353 @@
+"""The service's processes without Ray: equal tokens to the engine's, and what survives which death."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+
+from cluster.processes import environment
+from launch.config import EngineConfig
+from launch.llm import LLM
+from launch.local import LocalService
+from launch.models.tiny_llama import make_tiny_llama
+from launch.serve import make_plan
+from launch.serve_flags import ServeConfig
+from pagetable.sampling import SamplingParams
+from tests.serving import SECONDS, Processes, Stream, children, files, is_alive, listeners, until
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+LENGTH = 700  # output tokens: long enough to be killed in the middle of
+SMALL = {"max_model_len": 1024, "num_gpu_blocks_override": 512, "max_num_seqs": 16, "threads": 1, "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_tiny_llama(folder)
+    return str(folder)
+
+
+def prompts(count: int) -> list[list[int]]:
+    draw = random.Random(3)
+    return [[draw.randrange(8, 300) for _ in range(20 + 7 * index)] for index in range(count)]
+
+
+@pytest.fixture(scope="module")
+def expected(model: str) -> list[list[int]]:
+    """What the engine in this process says to the first four prompts."""
+    llm = LLM(model, **SMALL)
+    params = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True)
+    return [list(output.outputs[0].token_ids) for output in llm.generate(prompts(4), params)]
+
+
+@dataclass
+class Running:
+    service: LocalService
+    channel: grpc.aio.Channel
+    ports: dict[str, int]
+    notes: list[str]
+
+    def worker(self, index: int) -> int:
+        (pid,) = children(self.service.parts[f"keeper-{index}"].pid)
+        return pid
+
+    def streams(self, count: int = 4) -> list[Stream]:
+        return [Stream(self.channel, prompt, LENGTH) for prompt in prompts(count)]
+
+
+@asynccontextmanager
+async def running(model: str) -> AsyncIterator[Running]:
+    """A service of two shards. On the way out: stopped, and nothing of it is left."""
+    notes: list[str] = []
+    config = ServeConfig(port=0, ray=False, drain_seconds=0.0)
+    plan, _ = make_plan(config, EngineConfig(model, data_parallel_size=2, **SMALL))  # type: ignore[arg-type]
+    service = LocalService(plan, notes.append)
+    shm, pipes = set(os.listdir("/dev/shm")), files(os.getpid(), "pipe:")
+    processes = Processes(os.getpid())
+    before = set(processes.look())
+    await service.start()
+    watch = asyncio.create_task(service.watch())
+    ports = {"grpc": plan.front["port"], "metrics": plan.front["metrics_port"], "scheduler": plan.scheduler_port}
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{ports['grpc']}") as channel:
+            yield Running(service, channel, ports, notes)
+    finally:
+        processes.look()
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+        await service.stop()
+    processes.known = {each for each in processes.known if each[0] not in before}
+    await until(lambda: not processes.left())
+    assert set(os.listdir("/dev/shm")) <= shm
+    assert files(os.getpid(), "pipe:") <= pipes
+
+
+def run(scenario: Coroutine[None, None, None]) -> None:
+    asyncio.run(scenario)
+
+
+async def finish(streams: list[Stream], expected: list[list[int]]) -> None:
+    """Every stream ends well and with exactly the tokens of an undisturbed run."""
+    async with asyncio.timeout(SECONDS):
+        await asyncio.gather(*(stream.task for stream in streams))
+    for stream, tokens in zip(streams, expected, strict=True):
+        assert stream.failure is None, stream.details
+        assert stream.tokens == tokens
+        assert stream.finished is not None
+
+
+def test_two_shards_say_what_the_engine_says_and_listen_on_loopback_only(model: str, expected: list[list[int]]) -> None:
+    async def scenario() -> None:
+        async with running(model) as it:
+            parts = it.service.parts
+            workers = [it.worker(0), it.worker(1)]
+            home = "127.0.0.1"
+            assert listeners(parts["front"].pid) == {(home, it.ports["grpc"]), (home, it.ports["metrics"])}
+            assert listeners(parts["scheduler"].pid) == {(home, it.ports["scheduler"])}
+            for index in (0, 1):
+                assert listeners(parts[f"keeper-{index}"].pid) == set()
+                assert [address for address, _ in listeners(workers[index])] == [home]
+            await finish(it.streams(), expected)
+            pids = [*(part.pid for part in parts.values()), *workers]
+            before = [len(files(pid)) for pid in pids]
+            await finish(it.streams(), expected)
+            assert [len(files(pid)) for pid in pids] == before
+            assert [it.worker(0), it.worker(1)] == workers
+            assert it.notes == []
+
+    run(scenario())
+
+
+def test_streams_go_on_when_a_worker_is_killed(model: str, expected: list[list[int]]) -> None:
+    async def scenario() -> None:
+        async with running(model) as it:
+            streams = it.streams()
+            for stream in streams:
+                await stream.reaches(20)
+            victim = it.worker(0)
+            os.kill(victim, signal.SIGKILL)
+            await finish(streams, expected)
+            await until(lambda: len(it.notes) == 2)
+            assert it.notes[0] == "the worker of shard 0 ended by signal 9; its requests go on elsewhere"
+            assert it.notes[1] == f"shard 0 is back as process {it.worker(0)}"
+            await finish(it.streams(), expected)
+
+    run(scenario())
+
+
+def test_a_worker_that_is_stopped_is_fenced_and_its_streams_move(model: str, expected: list[list[int]]) -> None:
+    async def scenario() -> None:
+        async with running(model) as it:
+            streams = it.streams()
+            for stream in streams:
+                await stream.reaches(20)
+            victim = it.worker(1)
+            os.kill(victim, signal.SIGSTOP)  # nobody wakes it: only its keeper's SIGKILL ends it
+            await finish(streams, expected)
+            await until(lambda: len(it.notes) == 2)
+            assert not is_alive(victim)
+            assert it.notes[0] == "the worker of shard 1 ended by signal 9; its requests go on elsewhere"
+
+    run(scenario())
+
+
+def test_no_stream_breaks_when_the_scheduler_is_killed_and_new_requests_wait(
+    model: str, expected: list[list[int]]
+) -> None:
+    async def scenario() -> None:
+        async with running(model) as it:
+            early = it.streams()
+            for stream in early:
+                await stream.reaches(5)
+            workers = [it.worker(0), it.worker(1)]
+            scheduler = it.service.parts["scheduler"].pid
+            os.kill(scheduler, signal.SIGKILL)
+            late = it.streams()
+            await finish(early, expected)
+            await finish(late, expected)
+            assert it.service.parts["scheduler"].pid != scheduler
+            assert [it.worker(0), it.worker(1)] == workers
+
+    run(scenario())
+
+
+def test_a_killed_keeper_leaves_no_worker_and_comes_back(model: str, expected: list[list[int]]) -> None:
+    async def scenario() -> None:
+        async with running(model) as it:
+            streams = it.streams()
+            for stream in streams:
+                await stream.reaches(5)
+            worker, keeper = it.worker(0), it.service.parts["keeper-0"].pid
+            os.kill(keeper, signal.SIGKILL)
+            await until(lambda: not is_alive(worker))
+            await finish(streams, expected)
+            await until(lambda: bool(children(it.service.parts["keeper-0"].pid)))
+            assert it.service.parts["keeper-0"].pid != keeper
+            await finish(it.streams(), expected)
+
+    run(scenario())
+
+
+def test_streams_outlive_every_worker_one_after_the_other(model: str, expected: list[list[int]]) -> None:
+    async def scenario() -> None:
+        async with running(model) as it:
+            streams = it.streams()
+            for stream in streams:
+                await stream.reaches(5)
+            os.kill(it.worker(0), signal.SIGKILL)
+            seen = [len(stream.tokens) for stream in streams]
+            for stream, count in zip(streams, seen, strict=True):  # all run on shard 1 now, or were there before
+                await stream.reaches(min(count + 20, LENGTH))
+            os.kill(it.worker(1), signal.SIGKILL)
+            await finish(streams, expected)
+
+    run(scenario())
+
+
+def test_with_all_workers_gone_new_requests_wait_or_are_told_to_come_back(
+    model: str, expected: list[list[int]]
+) -> None:
+    async def scenario() -> None:
+        async with running(model) as it:
+            for pid in [it.worker(0), it.worker(1)]:
+                os.kill(pid, signal.SIGKILL)
+            await until(lambda: sum("ended by signal 9" in note for note in it.notes) == 2)
+            failures = set()
+            async with asyncio.timeout(SECONDS):
+                while True:
+                    stream = Stream(it.channel, prompts(1)[0], LENGTH)
+                    await stream.task
+                    if stream.failure is None:
+                        break
+                    failures.add(stream.failure)
+            assert failures <= {grpc.StatusCode.UNAVAILABLE}  # none where the front has just started: it waits longer
+            await until(lambda: len(it.notes) == 4)
+            await finish(it.streams(), expected)
+
+    run(scenario())
+
+
+# The command
+
+
+def serve(model: str, *flags: str, cwd: Path | None = None) -> subprocess.Popen[str]:
+    """As the console script starts: without the current folder on the path."""
+    small = ["--max-model-len", "1024", "--num-gpu-blocks-override", "512", "--threads", "1"]
+    command = [sys.executable, "-P", "-m", "launch.cli", "serve", model, "--no-ray", "--port", "0", *small, *flags]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment(), cwd=cwd)
+
+
+def ready_port(server: subprocess.Popen[str]) -> int:
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    assert line.startswith("ready on 127.0.0.1:"), server.communicate(timeout=SECONDS)
+    port = int(line.split(":")[1])
+    assert line == (
+        f'ready on 127.0.0.1:{port}: quire generate --server 127.0.0.1:{port} --prompt "Once upon a time"\n'
+    )
+    return port
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_ends_quietly(model: str, expected: list[list[int]], number: signal.Signals) -> None:
+    server = serve(model)
+    port = ready_port(server)
+    processes = Processes(server.pid)
+
+    async def scenario() -> None:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stream = Stream(channel, prompts(1)[0], LENGTH)
+            await stream.reaches(5)
+            server.send_signal(number)
+            await finish([stream], expected[:1])
+
+    run(scenario())
+    out, err = server.communicate(timeout=SECONDS)
+    assert (server.returncode, out) == (0, "")
+    assert [line for line in err.splitlines() if not line.startswith("quire: ")] == []
+    assert processes.left() == []
+
+
+def test_a_second_signal_does_not_wait_for_streams(model: str) -> None:
+    server = serve(model, "--drain-seconds", "600")
+    port = ready_port(server)
+    processes = Processes(server.pid)
+
+    async def scenario() -> None:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            streams = [Stream(channel, prompt, LENGTH) for prompt in prompts(8)]
+            await streams[0].reaches(5)
+            server.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.2)
+            server.send_signal(signal.SIGTERM)
+            await asyncio.gather(*(stream.task for stream in streams))
+            assert {stream.failure for stream in streams} == {grpc.StatusCode.UNAVAILABLE}
+
+    run(scenario())
+    server.communicate(timeout=SECONDS)
+    assert server.returncode == 0
+    assert processes.left() == []
+
+
+def test_nothing_outlives_a_killed_parent(model: str) -> None:
+    server = serve(model, "-dp", "2")
+    ready_port(server)
+    processes = Processes(server.pid)
+    assert len(processes.known) == 6
+    server.kill()
+    server.communicate(timeout=SECONDS)
+    run(until(lambda: processes.left() == []))
+
+
+def test_it_starts_from_a_folder_with_packages_of_the_same_names(model: str, tmp_path: Path) -> None:
+    for name in ("cluster", "kernels", "pagetable", "worker"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit(77)")
+    server = serve(model, cwd=tmp_path)
+    ready_port(server)
+    server.terminate()
+    server.communicate(timeout=SECONDS)
+    assert server.returncode == 0
+
+
+def test_detach_returns_once_ready_and_says_how_to_stop(model: str, tmp_path: Path) -> None:
+    small = ["--max-model-len", "1024", "--num-gpu-blocks-override", "512", "--threads", "1"]
+    command = [sys.executable, "-P", "-m", "launch.cli", "serve", model, "--no-ray", "--port", "0", "--detach", *small]
+    env = environment({"XDG_STATE_HOME": str(tmp_path)})
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ready on 127.0.0.1:")
+    first, second = done.stderr.splitlines()
+    pid = int(first.rpartition("kill ")[2])
+    (log,) = (tmp_path / "quire").iterdir()
+    assert second == f"quire: what it says goes to {log}"
+    assert log.stat().st_mode & 0o777 == 0o600
+    processes = Processes(pid)
+    assert is_alive(pid)
+    os.kill(pid, signal.SIGTERM)
+    run(until(lambda: not is_alive(pid)))
+    assert processes.left() == []
+
+
+def test_a_model_that_is_refused_ends_the_command_with_its_reason(model: str, tmp_path: Path) -> None:
+    make_tiny_llama(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    server = serve(str(tmp_path))
+    processes = Processes(server.pid)
+    out, err = server.communicate(timeout=SECONDS)
+    assert (server.returncode, out) == (1, "")
+    assert err.splitlines()[-1].startswith("quire: error: model.safetensors")
+    assert processes.left() == []
