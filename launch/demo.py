@@ -25,16 +25,20 @@ from pagetable.errors import QuireError, RequestFailed
 START_SECONDS = 120.0
 LONG_CONTEXT = 16_384  # tokens of facts
 _READY = re.compile(r"ready on (\S+): ")
-_OPENING = "Once upon a time there was a"
+_OPENING = (
+    "Once upon a time there was a brave girl named Tilda. She had a red map, and nobody else had such a map. "
+    "Tilda also had a small hen, and they were always together."
+)
 _TOKENS = 160
 _REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("one", {"prompt": _OPENING, "seed": 1}),
     ("two", {"prompt": _OPENING, "seed": 2}),
-    ("three", {"prompt": "One day", "seed": 3}),
     ("twins", {"prompt": _OPENING, "seed": 4, "n": 2}),
-    ("split", {"prompt": "The", "seed": 5}),
-    ("greedy", {"prompt": _OPENING, "temperature": 0}),
+    ("split", {"prompt": "Once upon a time", "seed": 5, "min_tokens": 64}),
+    ("other", {"prompt": "Once upon a time there was a", "seed": 3}),
+    ("chat", {"messages": [{"role": "user", "content": "Tell me a story about a big dog."}], "seed": 6}),
 )
+_FORK_AT = 24
 
 
 class Show:
@@ -96,9 +100,9 @@ async def stories(client: AsyncClient, show: Show) -> None:
     async def run(name: str, raw: dict[str, Any]) -> None:
         children: list[asyncio.Task[None]] = []
         output = None
-        async for output in client.stream({"max_tokens": _TOKENS, "ignore_eos": True, **raw}):
+        async for output in client.stream({"max_tokens": _TOKENS, "temperature": 0.7, **raw}):
             show.grown(name, output)
-            if name == "split" and not children and len(output.outputs[0].token_ids) >= 12:
+            if name == "split" and not children and len(output.outputs[0].token_ids) >= _FORK_AT:
                 children.append(asyncio.create_task(fork(output.request_id, len(output.outputs[0].token_ids))))
         if output is not None:
             show.ended(output)
@@ -107,7 +111,8 @@ async def stories(client: AsyncClient, show: Show) -> None:
     async def fork(request_id: str, inherited: int) -> None:
         output = None
         async for output in client.fork(request_id, seed=50):
-            forked.set()
+            if len(output.outputs[0].token_ids) > inherited + 1:
+                forked.set()
             show.grown("fork", output)
         if output is not None:
             show.ended(output, inherited)

@@ -1,6 +1,6 @@
 """`story`: a small Llama trained from scratch on the stories of `story_grammar`, in minutes on two cores.
 
-    python -m launch.models.story --out FOLDER [--seed 1] [--steps 1000]
+    python -m launch.models.story --out FOLDER [--seed 1] [--steps 1600]
 
 Prints the loss on held-out stories beside the grammar's own entropy, which no model can be below. The same seed on the
 same machine with the same number of threads gives the same weights; elsewhere sums may round differently.
@@ -215,7 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the story model and writes its folder.")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="default: 1")
-    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="default: 1000")
+    parser.add_argument("--steps", type=int, default=1600, metavar="N", help="default: 1600")
     given = parser.parse_args()
     torch.set_num_threads(2)
     trained = train(given.seed, given.steps)
