@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ NAMESPACE = "quire"
 DEVICE = "device"
 OBJECT_STORE_BYTES = 80 << 20  # nothing of ours lies there; Ray's least is 75 MiB
 CALL_SECONDS = 30.0
+REACH_SECONDS = 1.0
 _FOREVER = {"max_restarts": -1, "max_task_retries": 0, "num_cpus": 0}
 _T = TypeVar("_T")
 
@@ -77,6 +79,8 @@ class RayService:
     async def hurry(self) -> None:
         if "front" in self._parts:
             await asyncio.to_thread(ray.kill, self._parts["front"])
+        elif self._address is not None:
+            os._exit(1)  # Ray tries to connect for minutes and can't be interrupted; nothing of ours runs yet
 
     async def _call(self, function: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
@@ -97,6 +101,8 @@ class RayService:
                 "include_dashboard": False,
                 "object_store_memory": OBJECT_STORE_BYTES,
             }
+        elif self._address != "auto":
+            _check_reach(self._address)
         with _at_home():
             try:
                 ray.init(
@@ -236,6 +242,17 @@ class RayService:
         calls = [self._parts[name].stop.remote(seconds) for name in names if name in self._parts]
         with contextlib.suppress(RayActorError, GetTimeoutError):
             ray.get(calls, timeout=seconds + 5.0)
+
+
+def _check_reach(address: str) -> None:
+    """ConfigError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
+    except OSError as error:
+        reason = (error.strerror or str(error) or "no answer").lower()
+        limit = f"be a Ray cluster that can be reached ({reason})"
+        raise ConfigError("--address", address, limit, "start one: ray start --head") from None
 
 
 def _nodes() -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import socket
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from launch.flags import Parser
 from pagetable.errors import ConfigError
 
 DEFAULT_PORT = 8461
+_ADDRESS = re.compile(r"[^\s/]+:[0-9]{1,5}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class ServeConfig:
             raise ConfigError("--metrics-compat", self.metrics_compat, f"be one of {', '.join(METRIC_NAMES)}")
         if not self.ray and self.address is not None:
             raise ConfigError("--address", self.address, "stand without --no-ray", "drop one of the two")
+        if self.address not in (None, "auto") and not _ADDRESS.fullmatch(str(self.address)):
+            raise ConfigError("--address", self.address, "be HOST:PORT or auto", "`ray status` names it")
         self._check_files()
         if not (is_loopback(self.host) or self.insecure):
             missing = [] if self.api_keys else ["--api-keys FILE"]

@@ -36,7 +36,9 @@ THETA, EPS = 10000.0, 1e-5
 TOKENS_PER_STEP, POOL = 3072, 512  # stories of like lengths go together, from a pool of so many
 LEARNING_RATE, WARMUP, CLIP = 4e-3, 60, 1.0
 HELD_OUT_SEED = 1_000_003
-CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }} {% endfor %}"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% if not loop.last %} {% endif %}{% endfor %}"
+)
 _IDS = {word: index for index, word in enumerate(WORDS)}
 
 Parameters = dict[str, torch.Tensor]

@@ -160,7 +160,7 @@ def test_what_it_writes_are_sentences_and_most_stories_are_of_the_grammar() -> N
     params = SamplingParams(temperature=0.7, max_tokens=900, seed=1, n=8)
     prompts = ["Once upon a time", "Long ago", "Tell me a story.", "In a house by the river"]
     samples = [sample for output in engine().generate(prompts, params) for sample in output.outputs]
-    texts = [prompts[index // 8] + sample.text for index, sample in enumerate(samples)]
+    texts = [f"{prompts[index // 8]} {sample.text}" for index, sample in enumerate(samples)]
     assert all(sample.finish_reason == "stop" and sample.token_ids[-1] == EOS for sample in samples)
     assert not any(UNK in sample.token_ids or BOS in sample.token_ids for sample in samples)
     known = {shape for story, _ in stories(4000, seed=3) for shape in shapes(story)}
@@ -173,7 +173,7 @@ def test_what_it_writes_are_sentences_and_most_stories_are_of_the_grammar() -> N
 
 def test_a_chat_gets_the_story_that_it_asked_for() -> None:
     messages = [{"role": "user", "content": "Tell me a story about a girl named Mira."}]
-    output = engine().chat(messages, SamplingParams(temperature=0.0))[0].outputs[0]
+    output = engine().chat(messages, SamplingParams(temperature=0.0, max_tokens=900))[0].outputs[0]
     assert "girl" in output.text and "Mira" in output.text and output.text.endswith("The end.")
 
 

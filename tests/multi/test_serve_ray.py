@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -77,6 +78,21 @@ def _serve_and_use(
     assert said == []
     asyncio.run(until(lambda: processes.left() == []))
     assert list(temporary.glob("quire-*")) == []
+
+
+def test_a_cluster_that_is_not_there_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    make_tiny_llama(tmp_path)
+    with socket.socket() as closed:  # bound, so that nobody else takes it, but nobody listens
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        command = [sys.executable, "-P", "-m", "launch.cli", "serve", str(tmp_path), "--port", "0"]
+        command += ["--address", address, "--max-model-len", "1024", "--num-gpu-blocks-override", "512"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=SECONDS)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == (
+        f"quire: error: --address: got '{address}', must be a Ray cluster that can be reached (connection refused); "
+        "start one: ray start --head"
+    )
 
 
 async def _use(port: int, processes: Processes, prompts: list[list[int]], expected: list[list[int]]) -> None:

@@ -26,6 +26,8 @@ from pagetable.errors import ConfigError, ModelError, RequestFailed
         ({"drain_seconds": -1.0}, "--drain-seconds: got -1.0, must be from 0 to 86400"),
         ({"metrics_compat": "x"}, "--metrics-compat: got 'x', must be one of vllm"),
         ({"ray": False, "address": "h:1"}, "--address: got 'h:1', must stand without --no-ray; drop one of the two"),
+        ({"address": "ray://h:1"}, "--address: got 'ray://h:1', must be HOST:PORT or auto; `ray status` names it"),
+        ({"address": "host"}, "--address: got 'host', must be HOST:PORT or auto; `ray status` names it"),
         ({"tls_cert": "c"}, "--tls-cert: got 'c', must stand with --tls-key"),
         ({"tls_key": "k"}, "--tls-key: got 'k', must stand with --tls-cert"),
         ({"tls_client_ca": "a"}, "--tls-client-ca: got 'a', must stand with --tls-cert and --tls-key"),
