@@ -122,6 +122,8 @@ class Dispatcher:
                 continue
             self._on_death()
             stream.deaths += 1
+            stream.refusers.clear()
+            stream.refused_at = 0.0
             blamed = not run.stepped or len(runs) == 1
             if stream.deaths >= (POISON_DEATHS if blamed else self.limits.max_deaths):
                 text = f"poison: {stream.deaths} shards died while they ran this request; it is not run again"
@@ -138,7 +140,9 @@ class Dispatcher:
         if run.is_fork and error.code == "NOT_FOUND":
             self._later(stream, set())
         elif error.code == "RESOURCE_EXHAUSTED":
-            self._later(stream, {run.link.info.shard_id}, error)
+            stream.refused_at = stream.refused_at or asyncio.get_running_loop().time()
+            stream.refusers.add(run.link.info.shard_id)
+            self._later(stream, set(stream.refusers), error)
         else:
             if error.field in SAMPLING:
                 error.field = f"sampling.{error.field}"
@@ -200,16 +204,21 @@ class Dispatcher:
                 exclude.add(placed.shard_id)
             elif placed.code != "UNAVAILABLE":
                 raise ServiceError(placed.code, placed.message)
-            elif exclude and full is not None and not stream.has_begun:
+            elif exclude and full is not None and self._is_refused(stream, now()):
                 raise full
             else:
                 exclude.clear()
+                stream.refusers.clear()
             waited = now() - began
             if waited >= (self.limits.place_seconds if stream.has_begun or stream.deaths else self._patience()):
                 raise ServiceError(
                     "UNAVAILABLE", placed.message or "no shard can be reached; try again in a few seconds"
                 )
             await asyncio.sleep(RETRY_SECONDS)
+
+    def _is_refused(self, stream: Stream, now: float) -> bool:
+        """All shards are full: a new request is told so at once, one that was admitted waits for a seat."""
+        return not stream.has_begun or now - stream.refused_at >= self.limits.place_seconds
 
     def _question(self, stream: Stream, exclude: set[int]) -> pb.Place:
         request = stream.request

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 from concurrent.futures import CancelledError as FutureCancelled
 
 import grpc
@@ -132,10 +133,10 @@ class FrontServer:
             credentials = grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
             return self._server.add_secure_port(address, credentials)
         except RuntimeError:
+            if config.tls is not None and _is_free(config.host, config.port):
+                raise ConfigError("tls", config.tls.cert, "be a PEM certificate, with its key in tls.key") from None
             limit = f"be free on {config.host}, an address of this machine"
             raise ConfigError("port", config.port, limit, "choose another, or 0 for any free one") from None
-        except ValueError:
-            raise ConfigError("tls", config.tls and config.tls.cert, "be a PEM certificate and its key") from None
 
     # Health
 
@@ -186,3 +187,16 @@ class FrontServer:
             return None
         self._map_taken = now
         return await self.dispatcher.scheduler.query(pb.Query(page_map=True), SCRAPE_SECONDS)
+
+
+def _is_free(host: str, port: int) -> bool:
+    """Whether a port can be listened on: grpc says of both a taken port and a bad certificate only that it failed."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), port))
+            probe.listen(1)
+        except OSError:
+            return False
+    return True

@@ -249,8 +249,8 @@ def _check_reach(address: str) -> None:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
-    except OSError as error:
-        reason = (error.strerror or str(error) or "no answer").lower()
+    except (OSError, OverflowError) as error:
+        reason = (getattr(error, "strerror", None) or str(error) or "no answer").lower()
         limit = f"be a Ray cluster that can be reached ({reason})"
         raise ConfigError("--address", address, limit, "start one: ray start --head") from None
 

@@ -97,6 +97,7 @@ class Stream:
         cancelled: somebody asked for its end.
         placed: the dispatcher's: where it runs.
         deaths: the dispatcher's: shards that died under it.
+        refusers, refused_at: the dispatcher's: full shards that refused it, and when the first one did.
     """
 
     def __init__(
@@ -119,6 +120,8 @@ class Stream:
         self.cancelled = False
         self.placed: Any = None
         self.deaths = 0
+        self.refusers: set[int] = set()
+        self.refused_at = 0.0
         self._event, self._meter, self._arrived = event, meter, arrived
         self._max_unsent, self._write_seconds = max_unsent, write_seconds
         self._changed = asyncio.Event()

@@ -89,12 +89,13 @@ class AsyncClient:
             yield moved
 
     async def fork(
-        self, request_id: str, sample_index: int = 0, timeout: float | None = None, **changes: Any
+        self, parent: str, sample_index: int = 0, timeout: float | None = None, **changes: Any
     ) -> AsyncIterator[RequestOutput]:
-        """Split a running sample: a request of its own goes on from its tokens and shares their pages."""
+        """Split a sample of the running request `parent`: a request of its own goes on from its tokens and shares their
+        pages. `changes` are sampling fields that differ, and perhaps its `request_id`."""
         name = changes.pop("request_id", None)
         request = pb.ForkGenerationRequest(
-            parent_request_id=request_id, parent_index=sample_index, request_id=name, sampling=_sampling(changes)
+            parent_request_id=parent, parent_index=sample_index, request_id=name, sampling=_sampling(changes)
         )
         call = self._inference.ForkGeneration(request, timeout=timeout, metadata=self._metadata)
         async for moved in _follow(call, _empty({}, 1)):
@@ -193,10 +194,10 @@ class Client:
         return self._iterate(self._client.stream(raw, timeout))
 
     def fork(
-        self, request_id: str, sample_index: int = 0, timeout: float | None = None, **changes: Any
+        self, parent: str, sample_index: int = 0, timeout: float | None = None, **changes: Any
     ) -> Iterator[RequestOutput]:
         """See AsyncClient.fork."""
-        return self._iterate(self._client.fork(request_id, sample_index, timeout, **changes))
+        return self._iterate(self._client.fork(parent, sample_index, timeout, **changes))
 
     def complete(self, raw: Mapping[str, Any], timeout: float | None = None) -> RequestOutput:
         return self._run(self._client.complete(raw, timeout))

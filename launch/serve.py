@@ -95,7 +95,7 @@ def make_plan(config: ServeConfig, engine: EngineConfig) -> tuple[ServicePlan, l
         environment={"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")},
         drain_seconds=config.drain_seconds,
     )
-    words = f"{replicas} shard{'s' if replicas > 1 else ''}, each with {threads} thread{'s' if threads > 1 else ''} and"
+    words = f"{replicas} shard{'s' if replicas > 1 else ''}, each with {threads} thread{'s' if threads > 1 else ''}:"
     return plan, [words, *(f"  {line}" for line in memory.describe())]
 
 

@@ -197,6 +197,8 @@ class FakeShard:
             frame = pb.Tokens(step=1, epoch=self.epoch)
             delta = frame.deltas.add(handle=message.handle, sample=message.sample)
             self._end(delta, run, message.sample, pb.FINISH_REASON_STOP)
+            if not run.outputs:
+                del self.runs[message.handle]
             peer.send(Kind.TOKENS, frame)
 
     def _begin(self, peer: Peer, handle: int, submit: pb.Submit, outputs: list[int]) -> None:
@@ -332,7 +334,11 @@ async def lab(folder: Path, shards: Sequence[FakeShard] | None = None, **setting
     )
     server = FrontServer(config)
     port, metrics_port = await server.start()
-    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    options = [
+        ("grpc.max_receive_message_length", -1),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.http2.bdp_probe", 0),  # the window stays small: a client that does not read is soon noticed
+    ]
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options)
     try:
         await until(lambda: len(server.dispatcher.shards.links) == len(found))

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from launch import demo
 from launch.cli import main
 from launch.models.tiny_llama import make_tiny_llama
 
@@ -281,15 +280,6 @@ def test_bench_prints_a_json_line_for_each_case(capsys: Capture, model: str) -> 
         assert line["dtype"] == "float32"
         assert len(line["runs"]) == len(line["foreign"]) == 2
         assert min(line["value"], line["ttft_p50"], line["ttft_p99"], line["cpu_s"], line["per_cpu_s"]) > 0
-
-
-def test_the_demo_shares_pages(capsys: Capture) -> None:
-    assert demo.main() == 0
-    out = capsys.readouterr().out
-    assert "RANDOM weights" in out
-    assert "sample 2: " in out
-    assert ")* (" in out
-    assert "sharing saved 0" not in out
 
 
 def test_the_process_reads_a_pipe_and_exits_with_the_code(model: str) -> None:
