@@ -7,6 +7,7 @@ where no message comes, takes the first of two, and answers UNKNOWN to bytes tha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from cluster.auth import Gate
 from cluster.grpc_errors import to_status, unexpected
-from pagetable.errors import InvalidRequest, QuireError
+from pagetable.errors import InvalidRequest, Overloaded, QuireError
 
 _log = logging.getLogger(__name__)
 
@@ -49,11 +50,34 @@ class Caller:
     size: int
 
 
+class Door:
+    """Who may come in, and how many at once. Asked before anything of a request is read.
+
+    Args:
+        most: calls of our services that are in progress.
+    """
+
+    def __init__(self, gate: Gate, most: int) -> None:
+        self._gate, self._most, self._inside = gate, most, 0
+
+    @contextlib.contextmanager
+    def enter(self, context: Context) -> Iterator[str]:
+        """Around one call; gives its tenant. Raises ServiceError UNAUTHENTICATED, and Overloaded."""
+        tenant = self._gate.admit(context.invocation_metadata() or ())
+        if self._inside >= self._most:
+            raise Overloaded(f"{self._most} calls are in progress (max_calls); try again later")
+        self._inside += 1
+        try:
+            yield tenant
+        finally:
+            self._inside -= 1
+
+
 Unary: TypeAlias = Callable[[Any, Caller], Awaitable[Message | bytes]]
 Streaming: TypeAlias = Callable[[Any, Caller], Awaitable[None]]
 
 
-def service_handlers(service: ServiceDescriptor, implementation: object, gate: Gate) -> grpc.GenericRpcHandler:
+def service_handlers(service: ServiceDescriptor, implementation: object, door: Door) -> grpc.GenericRpcHandler:
     """A service's handlers: `implementation` has a coroutine (request, caller) for each method, by its name.
 
     Unary methods return the response, as a message or as its bytes; streaming ones write to `caller.context`.
@@ -62,36 +86,37 @@ def service_handlers(service: ServiceDescriptor, implementation: object, gate: G
     for method in service.methods:
         behavior = getattr(implementation, method.name)
         if method.server_streaming:
-            call, make = _streaming(method, behavior, gate), grpc.stream_stream_rpc_method_handler
+            call, make = _streaming(method, behavior, door), grpc.stream_stream_rpc_method_handler
         else:
-            call, make = _unary(method, behavior, gate), grpc.stream_unary_rpc_method_handler
+            call, make = _unary(method, behavior, door), grpc.stream_unary_rpc_method_handler
         handlers[method.name] = make(call, response_serializer=_serialize)
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
 
-def _unary(method: MethodDescriptor, behavior: Unary, gate: Gate) -> Callable[[Any, Context], Awaitable[Any]]:
+def _unary(method: MethodDescriptor, behavior: Unary, door: Door) -> Callable[[Any, Context], Awaitable[Any]]:
     async def call(_: Any, context: Context) -> Any:
         try:
-            return await behavior(*await _receive(method, context, gate))
+            with door.enter(context) as tenant:
+                return await behavior(*await _receive(method, context, tenant))
         except Exception as error:
             return await _fail(context, error)
 
     return call
 
 
-def _streaming(method: MethodDescriptor, behavior: Streaming, gate: Gate) -> Callable[[Any, Context], Awaitable[Any]]:
+def _streaming(method: MethodDescriptor, behavior: Streaming, door: Door) -> Callable[[Any, Context], Awaitable[Any]]:
     async def call(_: Any, context: Context) -> None:
         try:
-            await behavior(*await _receive(method, context, gate))
+            with door.enter(context) as tenant:
+                await behavior(*await _receive(method, context, tenant))
         except Exception as error:
             await _fail(context, error)
 
     return call
 
 
-async def _receive(method: MethodDescriptor, context: Context, gate: Gate) -> tuple[Message, Caller]:
-    """The one request of a call and who makes it. Who has no key is told so before anything is read."""
-    tenant = gate.admit(context.invocation_metadata() or ())
+async def _receive(method: MethodDescriptor, context: Context, tenant: str) -> tuple[Message, Caller]:
+    """The one request of a call and who makes it."""
     name = method.input_type.name
     try:
         async with asyncio.timeout(REQUEST_SECONDS):

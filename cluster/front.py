@@ -25,7 +25,7 @@ from cluster.dispatch import Dispatcher
 from cluster.endpoint import Caller
 from cluster.front_config import FrontConfig
 from cluster.metrics import Meter
-from cluster.public_messages import chat_messages, fork_fields, in_public_names, request_fields
+from cluster.public_messages import chat_messages, fork_fields, in_public_names, prompt_kind, request_fields
 from cluster.requests import Text, parse_request
 from cluster.streams import Stream
 from cluster.tokenizer import Tokenizer
@@ -68,6 +68,7 @@ class Front:
     async def Generate(self, request: public.GenerateRequest, caller: Caller) -> None:
         with self._call() as began:
             self._check_model(request)
+            field = prompt_kind(request)
             limits, eos = await self._facts()
             seed = self._next_seed()
 
@@ -81,7 +82,6 @@ class Front:
                     eos_token_ids=eos,
                 )
 
-            field = request.WhichOneof("prompt") or "token_ids"
             admitted = await self._in_thread(caller.size, lambda: in_public_names(parse, field))
             salt = page_salt(self._config.secret, caller.tenant, admitted.cache_salt)
             stream = self._stream(replace(admitted, cache_salt=salt), caller, public.GenerateResponse, began)

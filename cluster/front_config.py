@@ -18,7 +18,8 @@ class FrontLimits:
     """Bounds of one front. Seconds and bytes.
 
     Attributes:
-        max_requests: in flight at once; one more is told to try again.
+        max_requests: that generate, at once; one more is told to try again.
+        max_calls: of all kinds, in progress at once; one more is told so before it is read.
         max_preparing_bytes: of requests that are being tokenized or wait for it.
         max_unsent_bytes: that wait for one client that does not read.
         write_seconds: how long a client may leave one message unread.
@@ -28,6 +29,7 @@ class FrontLimits:
     """
 
     max_requests: int = 1024
+    max_calls: int = 2048
     max_preparing_bytes: int = 256 << 20
     max_unsent_bytes: int = 1 << 20
     write_seconds: float = 30.0

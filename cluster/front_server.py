@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from cluster.auth import ApiKeys, Gate
 from cluster.dispatch import Dispatcher
-from cluster.endpoint import service_handlers
+from cluster.endpoint import Door, service_handlers
 from cluster.front import Front
 from cluster.front_config import FrontConfig
 from cluster.metrics import ClusterFigures, Meter
@@ -30,8 +30,11 @@ from quire_pb.worker.v1 import worker_pb2 as pb
 MAX_MESSAGE_BYTES = 32 << 20
 MAX_METADATA_BYTES = 16 << 10
 MAX_CONNECTIONS = 1024
-MAX_STREAMS = 100  # of one connection
+# Of all kinds, and of one connection: grpc's own refusals say neither why nor when to come back (its client makes an
+# UNAVAILABLE of a stream beyond the limit), so they stand far behind FrontLimits.max_calls.
+MAX_CALLS = 16_384
 KEEPALIVE_MS = 10_000  # a client that is gone without a word is noticed after twice this
+HANDSHAKE_MS = 10_000
 POLL_SECONDS = 1.0
 PAGE_MAP_SECONDS = 5.0  # no older page map in a scrape; no newer one is asked for
 SCRAPE_SECONDS = 3.0
@@ -46,10 +49,14 @@ OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
-    ("grpc.max_concurrent_streams", MAX_STREAMS),
+    ("grpc.max_concurrent_streams", MAX_CALLS),
+    ("grpc.server.max_pending_requests", MAX_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_CALLS),
     ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.so_reuseport", 0),  # else a second server would share the port in silence
 )
@@ -111,11 +118,10 @@ class FrontServer:
         self.front.close()
 
     def _make_server(self, gate: Gate) -> grpc.aio.Server:
-        # as many again for health, tokenizing and the like; beyond that grpc refuses before it reads
-        most = 2 * self.config.limits.max_requests + 64
-        server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=most)
+        server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
+        door = Door(gate, self.config.limits.max_calls)
         for service in _SERVICES:
-            server.add_generic_rpc_handlers((service_handlers(service, self.front, gate),))
+            server.add_generic_rpc_handlers((service_handlers(service, self.front, door),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = [service.full_name for service in _SERVICES]
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)

@@ -30,9 +30,7 @@ def request_fields(request: public.GenerateRequest) -> dict[str, Any]:
     for name in ("request_id", "cache_salt"):
         if request.HasField(name):
             raw[name] = getattr(request, name)
-    kind = request.WhichOneof("prompt")
-    if kind is None:
-        raise InvalidRequest("prompt", "none of them", f"be exactly one of {PROMPTS}")
+    kind = prompt_kind(request)
     if kind == "text":
         raw["prompt"] = request.text
     elif kind == "chat":
@@ -45,6 +43,14 @@ def request_fields(request: public.GenerateRequest) -> dict[str, Any]:
             raise InvalidRequest("token_ids_le", f"{len(data)} bytes", "be little-endian int32, four bytes each")
         raw["prompt_token_ids"] = array("i", data).tolist()
     return raw
+
+
+def prompt_kind(request: public.GenerateRequest) -> str:
+    """Which field holds the prompt. Raises InvalidRequest where none does."""
+    kind: str | None = request.WhichOneof("prompt")
+    if kind is None:
+        raise InvalidRequest("prompt", "none of them", f"be exactly one of {PROMPTS}")
+    return kind
 
 
 def fork_fields(request: public.ForkGenerationRequest, parent: Request) -> dict[str, Any]:
