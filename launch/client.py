@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from array import array
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,7 +80,7 @@ class AsyncClient:
     async def close(self) -> None:
         await self._channel.close()
 
-    async def stream(self, raw: Mapping[str, Any], timeout: float | None = None) -> AsyncIterator[RequestOutput]:
+    async def stream(self, raw: Mapping[str, Any], timeout: float | None = None) -> AsyncGenerator[RequestOutput, None]:
         """Run one JSON object's request; its output, grown, after each message. Closing the iterator cancels it."""
         request = to_request(raw)
         output = _empty(raw, raw.get("n", 1))

@@ -21,6 +21,7 @@ from launch.models.recall_text import KEYS, WORDS, make_context
 from launch.outputs import RequestOutput
 from launch.remote import page_lines
 from pagetable.errors import QuireError, RequestFailed
+from quire_pb.memory.v1 import memory_pb2 as pb
 
 START_SECONDS = 120.0
 LONG_CONTEXT = 16_384  # tokens of facts
@@ -29,16 +30,18 @@ _OPENING = (
     "Once upon a time there was a brave girl named Tilda. She had a red map, and nobody else had such a map. "
     "Tilda also had a small hen, and they were always together."
 )
-_TOKENS = 160
+_TOKENS = 224
 _REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("one", {"prompt": _OPENING, "seed": 1}),
     ("two", {"prompt": _OPENING, "seed": 2}),
     ("twins", {"prompt": _OPENING, "seed": 4, "n": 2}),
-    ("split", {"prompt": "Once upon a time", "seed": 5, "min_tokens": 64}),
+    ("split", {"prompt": "Once upon a time", "seed": 5, "min_tokens": 768, "max_tokens": 768}),
     ("other", {"prompt": "Once upon a time there was a", "seed": 3}),
     ("chat", {"messages": [{"role": "user", "content": "Tell me a story about a big dog."}], "seed": 6}),
 )
 _FORK_AT = 24
+_LAST_WORDS = "The end."  # the stream that is split would go on behind them, so that a slow client can still split it
+_MAP_SECONDS = 0.02
 
 
 class Show:
@@ -63,7 +66,11 @@ class Show:
                 print(f"  {label:>8} | {sample.text[at:end].strip()}", flush=True)
                 self._printed[key] = end
 
-    def ended(self, output: RequestOutput, inherited: int = 0) -> None:
+    def ended(self, name: str, output: RequestOutput, inherited: int = 0) -> None:
+        for sample in output.outputs:
+            rest = sample.text[self._printed.get((name, sample.index), 0) :].strip()
+            if sample.finish_reason is None and rest.startswith(_LAST_WORDS):
+                print(f"  {name:>8} | {_LAST_WORDS}", flush=True)
         self.tokens += sum(len(sample.token_ids) for sample in output.outputs) - inherited
 
 
@@ -93,41 +100,62 @@ async def service(*arguments: str) -> AsyncIterator[AsyncClient]:
 
 
 async def stories(client: AsyncClient, show: Show) -> None:
-    """Six requests at once, one of them split in two while it runs; the page map while all run."""
-    forked = asyncio.Event()
-    mapped = asyncio.create_task(show_pages(client, forked))
+    """Six requests at once, one of them split in two while it runs; the page map while they do."""
+    forked: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    mapped = asyncio.create_task(watch_pages(client, forked))
 
     async def run(name: str, raw: dict[str, Any]) -> None:
         children: list[asyncio.Task[None]] = []
         output = None
-        async for output in client.stream({"max_tokens": _TOKENS, "temperature": 0.7, **raw}):
-            show.grown(name, output)
-            if name == "split" and not children and len(output.outputs[0].token_ids) >= _FORK_AT:
-                children.append(asyncio.create_task(fork(output.request_id, len(output.outputs[0].token_ids))))
+        stream = client.stream({"max_tokens": _TOKENS, "temperature": 0.7, **raw})
+        async with contextlib.aclosing(stream):
+            async for output in stream:
+                show.grown(name, output)
+                if name != "split":
+                    continue
+                if not children and len(output.outputs[0].token_ids) >= _FORK_AT:
+                    children.append(asyncio.create_task(fork(output.request_id, len(output.outputs[0].token_ids))))
+                if children and _LAST_WORDS in output.outputs[0].text:
+                    await forked
+                    break
         if output is not None:
-            show.ended(output)
+            show.ended(name, output)
         await asyncio.gather(*children)
 
     async def fork(request_id: str, inherited: int) -> None:
         output = None
-        async for output in client.fork(request_id, seed=50):
-            if len(output.outputs[0].token_ids) > inherited + 1:
-                forked.set()
+        async for output in client.fork(request_id, seed=50, min_tokens=0, max_tokens=_TOKENS):
+            if not forked.done() and output.outputs[0].token_ids:
+                forked.set_result(output.request_id)
             show.grown("fork", output)
         if output is not None:
-            show.ended(output, inherited)
+            show.ended("fork", output, inherited)
 
-    try:
-        await asyncio.gather(*(run(name, raw) for name, raw in _REQUESTS))
-    finally:
-        forked.set()
+    await asyncio.gather(*(run(name, raw) for name, raw in _REQUESTS))
+    mapped.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
         await mapped
 
 
-async def show_pages(client: AsyncClient, forked: asyncio.Event) -> None:
-    """The page map once the fork has begun, while everything still runs."""
-    await forked.wait()
-    page_map = await client.page_map()
+async def watch_pages(client: AsyncClient, forked: asyncio.Future[str]) -> None:
+    """Print the page map as soon as it has the fork and a shared page. Asks from the start on, since a slow client may
+    hear of the fork when it is nearly over; the last map with a shared page is printed if none has both."""
+    best: pb.GetPageMapResponse | None = None
+    try:
+        while True:
+            page_map = await client.page_map()
+            if page_map.shared_pages:
+                best = page_map
+                if forked.done() and forked.result() in {sequence.request_id for sequence in page_map.sequences}:
+                    return
+            await asyncio.sleep(_MAP_SECONDS)
+    finally:
+        if best is None:
+            raise RequestFailed("no page was shared")
+        show_pages(best)
+
+
+def show_pages(page_map: pb.GetPageMapResponse) -> None:
     users = {(shared.page.device_id, shared.page.block_id): shared.users for shared in page_map.shared_pages}
     lines = ["", "pages as (device_id, block_id), * shared, while all of them run:"]
     lines += [f"  {line}" for line in page_lines(page_map.sequences, users)]
@@ -135,8 +163,6 @@ async def show_pages(client: AsyncClient, forked: asyncio.Event) -> None:
     saved = sum(count - 1 for count in users.values())
     lines.append(f"  {held} entries in {len(page_map.sequences)} tables, {held - saved} pages: sharing saved {saved}")
     print("\n".join([*lines, ""]), flush=True)
-    if not users:
-        raise RequestFailed("no page was shared")
 
 
 async def recall(client: AsyncClient) -> None:
