@@ -21,7 +21,7 @@ SOURCES = Path("kernels/csrc")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-strict-aliasing", "-fno-math-errno"]
 AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"]
 LEVELS = {"level_plain": [], "level_avx2": ["-mavx2", "-mfma", "-mf16c"], "level_avx512": AVX512}
-COMMON = ["plan", "attend", "pages", "probe"]
+COMMON = ["plan", "attend", "pages", "probe", "team", "step"]
 
 
 class BuildNative(build_ext):
@@ -74,7 +74,7 @@ class BuildNative(build_ext):
             if faults[name] is not None:
                 raise RuntimeError(f"{compiler}: {faults[name]}")
         objects = [str(folder / f"{name}.o") for name in (*built, *COMMON)]
-        fault = run("-shared", "-fopenmp", *objects, "-o", str(target))
+        fault = run("-shared", "-fopenmp", "-pthread", *objects, "-o", str(target))
         if fault is not None:
             raise RuntimeError(f"{compiler}: {fault}")
 

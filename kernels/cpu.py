@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +98,20 @@ def levels() -> tuple[str, ...]:
     return tuple(level for index, level in enumerate(LEVELS) if bits >> index & 1)
 
 
+def library(signatures: Mapping[str, tuple[Any, ...]]) -> ctypes.CDLL:
+    """The library with further functions declared: result and arguments by name.
+
+    Raises: ValueError where there is none.
+    """
+    found = _library()
+    if isinstance(found, str):
+        raise ValueError(found)
+    for name, (result, *arguments) in signatures.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    return found
+
+
 def read(data: torch.Tensor) -> None:
     """Read a contiguous tensor (whole 256 KiB) on one thread and do nothing with it: the ceiling of a benchmark."""
     library = _library()
@@ -118,7 +132,7 @@ class Native:
         if level not in levels():
             raise ValueError(f"level: got {level!r}, must be one of {levels()}")
         self.name = NAMES[level]
-        self._level = LEVELS.index(level)
+        self.level = LEVELS.index(level)
         self._library = library
 
     def attend(
@@ -159,12 +173,12 @@ class Native:
             mask.window,
             mask.sinks,
             int(q_THD.dtype == torch.bfloat16),
-            self._level,
+            self.level,
             torch.get_num_threads(),
             scale,
         )
         message = ctypes.create_string_buffer(MESSAGE_BYTES)
-        _raise(self._library.quire_attend(call, message, MESSAGE_BYTES), message)
+        raise_for(self._library.quire_attend(call, message, MESSAGE_BYTES), message)
         return out, lse
 
     def merge(self, outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,13 +198,13 @@ class Native:
         message = ctypes.create_string_buffer(MESSAGE_BYTES)
         k, v = (k_TKD.data_ptr(), k_TKD.stride(0) * size), (v_TKD.data_ptr(), v_TKD.stride(0) * size)
         what = (layer, slots.data_ptr(), slots.shape[0])
-        _raise(self._library.quire_write_kv(_pages(pool), *k, *v, *what, message, MESSAGE_BYTES), message)
+        raise_for(self._library.quire_write_kv(_pages(pool), *k, *v, *what, message, MESSAGE_BYTES), message)
 
     def copy_pages(self, pool: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
         """See `kernels.ops.copy_pages`."""
         message = ctypes.create_string_buffer(MESSAGE_BYTES)
         ids = (source.data_ptr(), target.data_ptr(), source.shape[0])
-        _raise(self._library.quire_copy_pages(_pages(pool), *ids, message, MESSAGE_BYTES), message)
+        raise_for(self._library.quire_copy_pages(_pages(pool), *ids, message, MESSAGE_BYTES), message)
 
 
 def _pool(pool: torch.Tensor, layer: int) -> _Pool:
@@ -205,8 +219,9 @@ def _pages(pool: torch.Tensor) -> _Pages:
     return _Pages(pool.data_ptr(), *strides, *shape, torch.get_num_threads())
 
 
-def _raise(code: int, message: ctypes.Array[ctypes.c_char]) -> None:
+def raise_for(code: int, message: ctypes.Array[ctypes.c_char]) -> None:
+    """The error that a native call's result stands for."""
     if code == 1:
         raise ValueError(message.value.decode())
     if code:
-        raise MemoryError("attend: no memory for the kernels' scratch")
+        raise MemoryError("no memory for the kernels' scratch")

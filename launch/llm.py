@@ -16,8 +16,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
-
 from cluster.chat_template import ChatTemplate
 from cluster.requests import Text, parse_request
 from cluster.tokenizer import Tokenizer
@@ -75,7 +73,6 @@ class LLM:
             max_model_len=shard.max_model_len,
             max_pool_tokens=shard.num_blocks * shard.block_size,
         )
-        torch.set_num_threads(config.num_threads)
         self.loop = self._build(folder, progress)
         self._collectors: dict[str, Collector] = {}
         self._arrivals = 0  # requests admitted
@@ -292,13 +289,16 @@ class LLM:
                 self.abort(name)
 
     def _build(self, folder: Path, progress: bool | Progress) -> Loop:
-        plan = self.plan
         if progress is True:
             from launch.progress import loading_bar
 
             with loading_bar() as show:
-                return build_loop(folder, self.model_config, plan.shard, plan.dtype, progress=show)
-        return build_loop(folder, self.model_config, plan.shard, plan.dtype, progress=progress or None)
+                return self._load(folder, show)
+        return self._load(folder, progress or None)
+
+    def _load(self, folder: Path, progress: Progress | None) -> Loop:
+        plan, threads = self.plan, self.config.num_threads
+        return build_loop(folder, self.model_config, plan.shard, plan.dtype, threads=threads, progress=progress)
 
 
 def describe_plan(config: EngineConfig) -> list[str]:

@@ -52,19 +52,23 @@ def main() -> int:
 
 
 def _build(settings: dict[str, Any]) -> Any:
-    import torch
 
     from worker.config import ShardConfig
     from worker.model_config import ModelConfig
     from worker.server import ShardServer
     from worker.shard import build_loop, page_identity
 
-    torch.set_num_threads(settings["threads"])
     folder = Path(settings["folder"])
     model = ModelConfig.from_folder(folder)
     config = ShardConfig(**settings["shard"])
     loop = build_loop(
-        folder, model, config, settings["dtype"], settings["device_id"], lambda done, total: _say(loading=[done, total])
+        folder,
+        model,
+        config,
+        settings["dtype"],
+        settings["device_id"],
+        settings["threads"],
+        lambda done, total: _say(loading=[done, total]),
     )
     info = pb.ShardInfo(
         shard_id=settings["shard_id"],

@@ -7,14 +7,13 @@ bfloat16 and 20 % in float32.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 from collections.abc import Sequence
 
 import torch
 
 from kernels import ops
+from kernels.decoder import huge_memory
 from pagetable.errors import ConfigError
 from worker.model_config import ModelConfig
 
@@ -35,15 +34,11 @@ class PagedKVCache:
         shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size, config.head_dim)
         num_bytes = num_blocks * self.bytes_per_block(config, block_size, dtype)
         try:
-            memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory = huge_memory(num_bytes)
         except (OSError, OverflowError, ValueError):
             raise ConfigError(
                 "num_gpu_blocks_override", num_blocks, f"fit in memory (this pool has {num_bytes} bytes)"
             ) from None
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            # a kernel built without huge pages refuses; the pool works the same, slower
-            with contextlib.suppress(OSError):
-                memory.madvise(mmap.MADV_HUGEPAGE)
         self.pool = torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
 
     @staticmethod

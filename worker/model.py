@@ -6,19 +6,19 @@ Weights are used where they are mapped; nothing is fused, transposed or packed h
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
 from kernels import ops
+from kernels.decoder import Head
 from worker.kv_cache import PagedKVCache
 from worker.model_config import ModelConfig
 from worker.tables import Batch
-from worker.weights import Weights
-
-Progress = Callable[[int, int], None]
+from worker.weights import Progress, TensorReader, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +77,8 @@ class Decoder:
         Errors: ModelError where a tensor is missing, unknown, or of another shape or kind than config.json says.
         """
         self.config, self.dtype = config, dtype
-        shapes = config.tensor_shapes()
-        # a tied model may carry a copy of its embeddings as lm_head
-        weights.check(shapes, harmless=frozenset({"lm_head.weight"} if config.tie_word_embeddings else ()))
-        total, done = sum(weights.num_bytes(name) for name in shapes), 0
-        tensors: dict[str, torch.Tensor] = {}
-        for name in shapes:
-            tensors[name] = weights.tensor(name, dtype)
-            done += weights.num_bytes(name)
-            if progress is not None:
-                progress(done, total)
+        reader = TensorReader(weights, config.tensor_shapes(), dtype, config.harmless_tensors, progress)
+        tensors = {name: reader.take(name) for name in config.tensor_shapes()}
         self._embedding = tensors["model.embed_tokens.weight"]
         self._layers = [_layer(config, tensors, f"model.layers.{layer}.") for layer in range(config.num_layers)]
         self._norm = RMSNorm(tensors["model.norm.weight"], config.rms_norm_eps)
@@ -98,28 +90,30 @@ class Decoder:
         """The different sliding windows of the layers; 0 is full attention."""
         return tuple(sorted(set(self.config.windows)))
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, batch: Batch, cache: PagedKVCache) -> torch.Tensor:
+    def forward(self, batch: Batch, cache: PagedKVCache) -> torch.Tensor:
         """Run all layers over one ragged batch.
 
         Args:
-            tokens, positions: int64 [T].
-            batch: where K and V go and what each row attends.
+            batch: the tokens, where their K and V go and what each row attends.
             cache: mutated: this step's K and V are written, in every layer before any row attends.
 
         Returns:
-            The residual stream behind the last layer, [T, C], for `logits`.
+            The residual stream behind the last layer, [T, C], for `head`.
         """
-        cos, sin = self._angles(positions)
-        hidden = F.embedding(tokens, self._embedding)
+        cos, sin = self._angles(batch.positions)
+        hidden = F.embedding(batch.tokens, self._embedding)
         for index, layer in enumerate(self._layers):
             # Under tensor parallelism each of the two sums below is preceded by one all-reduce of its right side.
             hidden = hidden + self._attention(index, layer, hidden, cos, sin, batch, cache)
             hidden = hidden + self._mlp(layer, hidden)
         return hidden
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 [S, vocab] of the rows [S, C] of what `forward` returned."""
-        return F.linear(self._norm(hidden), self._head).to(torch.float32)
+    def head(self, hidden: torch.Tensor, rows: npt.NDArray[np.int64], *, logits: bool) -> Head:
+        """Last norm and head over some rows of what `forward` returned; all their logits too where asked for."""
+        found = F.linear(self._norm(hidden[torch.from_numpy(rows)]), self._head).to(torch.float32)
+        tokens = found.numpy().argmax(1)  # torch's takes six times as long
+        values = found.numpy()[np.arange(len(tokens)), tokens]
+        return Head(tokens.astype(np.int32), values, found.sum(-1).numpy(), found if logits else None)
 
     def _attention(
         self,

@@ -180,6 +180,11 @@ class ModelConfig:
             bos_token_id=next(iter(_token_ids(config, "bos_token_id", vocab_size)), None),
         )
 
+    @property
+    def harmless_tensors(self) -> frozenset[str]:
+        """What a folder may hold beside `tensor_shapes`: a tied model's copy of its embeddings."""
+        return frozenset({"lm_head.weight"} if self.tie_word_embeddings else ())
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the weights must hold -> its shape, in the order of the computation."""
         hidden, mlp = self.hidden_size, self.intermediate_size

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from array import array
 
+import numpy as np
 import torch
 
 from worker.kv_cache import PagedKVCache
 from worker.model import Decoder
+from worker.native_model import NativeModel
 from worker.plan import Plan, StepResult, TokenLogprobs
 from worker.sampler import Sampler
 from worker.tables import TableMirror, ints
@@ -21,7 +23,9 @@ NOTHING_LEFT = "no token is left to sample: biases and masks leave none finite"
 class Runner:
     """Model, pages, tables and samplers of one rank. All state of the step loop below the scheduler is here."""
 
-    def __init__(self, model: Decoder, cache: PagedKVCache, tables: TableMirror, sampler: Sampler) -> None:
+    def __init__(
+        self, model: Decoder | NativeModel, cache: PagedKVCache, tables: TableMirror, sampler: Sampler
+    ) -> None:
         self.model, self.cache, self.tables, self.sampler = model, cache, tables, sampler
 
     @torch.inference_mode()
@@ -38,7 +42,7 @@ class Runner:
         result = StepResult(plan.number, array("i"))
         if plan.num_tokens:
             batch = self.tables.batch(plan, self.model.windows)
-            hidden = self.model.forward(batch.tokens, batch.positions, batch, self.cache)
+            hidden = self.model.forward(batch, self.cache)
             self._sample(plan, hidden, result)
             result.scores = self._score(plan, hidden)
         return result
@@ -46,16 +50,21 @@ class Runner:
     def _sample(self, plan: Plan, hidden: torch.Tensor, result: StepResult) -> None:
         if not plan.sample_row:
             return
-        logits = self.model.logits(hidden[torch.from_numpy(ints(plan.sample_row))])
-        # any NaN or infinity makes the row's sum one; isfinite of each logit takes thirty times as long
-        finite = torch.isfinite(logits.sum(-1)).tolist()
-        result.failed = {entry: NOT_FINITE for entry, good in enumerate(finite) if not good}
+        plain = self.sampler.takes_likeliest(plan.sample_slot)
+        head = self.model.head(hidden, ints(plan.sample_row).astype(np.int64), logits=not plain)
+        # any NaN or infinity makes the row's sum one
+        finite = np.isfinite(head.totals)
+        result.failed = dict.fromkeys(np.flatnonzero(~finite).tolist(), NOT_FINITE)
+        entries = np.flatnonzero(finite).tolist()
+        if head.logits is None:
+            self.sampler.count(array("i", (plan.sample_slot[entry] for entry in entries)))
+            result.tokens = array("i", np.where(finite, head.tokens, -1).astype(np.int32).tobytes())
+            return
         result.tokens = array("i", [-1] * len(finite))
-        entries = [entry for entry, good in enumerate(finite) if good]
         if not entries:
             return
         tokens, logprobs = self.sampler.sample(
-            logits[entries] if result.failed else logits,
+            head.logits[entries] if result.failed else head.logits,
             array("i", (plan.sample_slot[entry] for entry in entries)),
             array("i", (plan.sample_position[entry] for entry in entries)),
         )
@@ -66,9 +75,10 @@ class Runner:
         result.logprobs = {entries[index]: found for index, found in logprobs.items()}
 
     def _score(self, plan: Plan, hidden: torch.Tensor) -> list[TokenLogprobs]:
-        rows, scores = ints(plan.score_row), list[TokenLogprobs]()
+        rows, scores = ints(plan.score_row).astype(np.int64), list[TokenLogprobs]()
         for start in range(0, len(rows), MAX_SCORE_ROWS):
             part = slice(start, start + MAX_SCORE_ROWS)
-            logits = self.model.logits(hidden[torch.from_numpy(rows[part])])
+            logits = self.model.head(hidden, rows[part], logits=True).logits
+            assert logits is not None
             scores += self.sampler.score(logits, plan.score_token[part], plan.score_slot[part])
         return scores

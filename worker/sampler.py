@@ -111,6 +111,16 @@ class Sampler:
         self._temperature[slot], self._min_p[slot], self._top_p[slot] = p.temperature, p.min_p, p.top_p
         self._top_k[slot] = p.top_k if 0 < p.top_k < self._vocab else self._vocab
 
+    def takes_likeliest(self, slots: array[int]) -> bool:
+        """Whether every one of these slots takes the token of its largest logit as it is, and no log probability."""
+        where = np.array(slots, np.int64)
+        edited = self._edited[where] | (self._num_outputs[where] < self._min_tokens[where])
+        return not (edited | self._wants[where] | (self._temperature[where] > 0)).any()
+
+    def count(self, slots: array[int]) -> None:
+        """Each of these slots took its largest logit's token as its next output."""
+        self._num_outputs[np.array(slots, np.int64)] += 1
+
     def sample(
         self, logits: torch.Tensor, slots: array[int], positions: array[int]
     ) -> tuple[array[int], dict[int, TokenLogprobs]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
 import torch
 
+from kernels import ops
+from kernels.cpu import Native
 from pagetable.allocator import BlockAllocator
 from pagetable.ids import DeviceId
 from pagetable.page import PagePool
@@ -16,11 +17,12 @@ from worker.kv_cache import PagedKVCache
 from worker.loop import Loop
 from worker.model import Decoder
 from worker.model_config import ModelConfig
+from worker.native_model import NativeModel
 from worker.runner import Runner
 from worker.sampler import Sampler
 from worker.scheduler import ShardScheduler
 from worker.tables import TableMirror
-from worker.weights import open_weights
+from worker.weights import Progress, Weights, open_weights
 
 
 def build_loop(
@@ -29,22 +31,36 @@ def build_loop(
     config: ShardConfig,
     dtype: str,
     device_id: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    threads: int = 1,
+    progress: Progress | None = None,
 ) -> Loop:
     """Load a model and everything around it.
 
     Args:
         dtype: float32 or bfloat16, of weights and pages.
         device_id: what the entries of this shard's block tables name.
+        threads: that work on a step.
         progress: called with (bytes done, bytes in all) while weights load.
     """
     kind: torch.dtype = getattr(torch, dtype)
-    decoder = Decoder(model, open_weights(folder), kind, progress)
+    decoder = build_model(model, open_weights(folder), kind, threads, progress)
     cache = PagedKVCache(model, config.num_blocks, config.block_size, kind)
     tables = TableMirror(config.max_num_seqs, -(-config.max_model_len // config.block_size), config.block_size)
     runner = Runner(decoder, cache, tables, Sampler(model.vocab_size, config.max_num_seqs))
     pool = PagePool([BlockAllocator(DeviceId(device_id), config.num_blocks)])
     return Loop(ShardScheduler(config, pool, page_identity(model, dtype)), runner)
+
+
+def build_model(
+    config: ModelConfig, weights: Weights, dtype: torch.dtype, threads: int, progress: Progress | None = None
+) -> Decoder | NativeModel:
+    """The native decoder where the process's kernels are native, else torch's on the reference kernels."""
+    backend = ops.default_backend()
+    if isinstance(backend, Native):
+        torch.set_num_threads(1)  # two teams of threads would fight for the cores
+        return NativeModel(config, weights, dtype, backend, threads, progress)
+    torch.set_num_threads(threads)
+    return Decoder(config, weights, dtype, progress)
 
 
 def page_identity(model: ModelConfig, dtype: str) -> bytes:

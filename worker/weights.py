@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -62,6 +62,9 @@ class TensorEntry:
     end: int
 
 
+Progress = Callable[[int, int], None]  # bytes done and bytes in all, as stored
+
+
 class Weights:
     """All tensors of a model folder by name. Views stay valid as long as they live, also after this object is gone."""
 
@@ -100,6 +103,11 @@ class Weights:
             if name not in expected and name not in harmless and not name.endswith(".rotary_emb.inv_freq"):
                 raise ModelError(f"{path.name}: the tensor {shown(name)} is not known for this architecture")
 
+    def release(self) -> None:
+        """Give back the memory that reading mapped. Views stay valid: what they touch is mapped again."""
+        for mapped in self._maps.values():
+            mapped.madvise(mmap.MADV_DONTNEED)
+
     def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """A tensor in `dtype`: a read-only view of the mapped file where it is stored so, else a converted copy.
 
@@ -132,6 +140,36 @@ class Weights:
             except OSError as error:
                 raise ModelError(f"{path.name}: cannot be mapped ({error.strerror})") from None
         return self._maps[path]
+
+
+class TensorReader:
+    """A model's tensors one by one, in one dtype, with progress."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        harmless: frozenset[str] = frozenset(),
+        progress: Progress | None = None,
+    ) -> None:
+        """Check that exactly `shapes` are there before anything is read. See `Weights.check` for errors."""
+        weights.check(shapes, harmless)
+        self._weights, self._shapes, self._dtype, self._progress = weights, shapes, dtype, progress
+        self._total = sum(weights.num_bytes(name) for name in shapes)
+        self._done = 0
+
+    def take(self, name: str) -> torch.Tensor:
+        """One of the tensors, each once. See `Weights.tensor`."""
+        tensor = self._weights.tensor(name, self._dtype)
+        self._done += self._weights.num_bytes(name)
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+        return tensor
+
+    def take_if_any(self, name: str) -> torch.Tensor | None:
+        """The same for a tensor that not every architecture has."""
+        return self.take(name) if name in self._shapes else None
 
 
 def open_weights(folder: str | Path) -> Weights:

@@ -10,7 +10,6 @@
 #include "plan.h"
 
 namespace quire {
-namespace {
 
 const Level* level_of(int64_t index) {
     switch (index) {
@@ -25,7 +24,21 @@ const Level* level_of(int64_t index) {
     }
 }
 
-bool rises(const int32_t* values, int64_t count, int64_t end) {
+// Kept between calls: its pages stay mapped and its cache lines warm.
+char* thread_scratch(size_t bytes) {
+    struct Free {
+        void operator()(char* p) const { std::free(p); }
+    };
+    thread_local std::unique_ptr<char, Free> scratch;
+    thread_local size_t size = 0;
+    if (size < bytes) {
+        scratch.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+        size = scratch ? bytes : 0;
+    }
+    return scratch.get();
+}
+
+static bool rises(const int32_t* values, int64_t count, int64_t end) {
     for (int64_t i = 0; i < count; i++)
         if (values[i] > values[i + 1]) return false;
     return values[0] == 0 && values[count] == end;
@@ -59,19 +72,7 @@ bool faulty(const Call& call, char* message, size_t size) {
     return false;
 }
 
-// A thread's scratch, kept between calls: its pages stay mapped and its cache lines warm.
-char* thread_scratch(size_t bytes) {
-    struct Free {
-        void operator()(char* p) const { std::free(p); }
-    };
-    thread_local std::unique_ptr<char, Free> scratch;
-    thread_local size_t size = 0;
-    if (size < bytes) {
-        scratch.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
-        size = scratch ? bytes : 0;
-    }
-    return scratch.get();
-}
+namespace {
 
 bool run(const Call& call, const Level& level, Plan& plan) {
     const Kernel direct = call.is_bf16 ? level.direct_bf16 : level.direct_f32;

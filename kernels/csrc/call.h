@@ -48,11 +48,18 @@ constexpr int64_t kTileRows = 512;   // most query rows of a tiled item
 
 using Kernel = void (*)(const Call&, const Item&, char* scratch);
 
+struct StepKernels;
+
 // The kernels compiled for one level of instructions. Scratch is aligned to 64 bytes.
 struct Level {
     Kernel direct_f32, direct_bf16, tiled_f32, tiled_bf16;
     size_t scratch_bytes;
+    const StepKernels *step_f32, *step_bf16;
 };
+
+const Level* level_of(int64_t index);  // null where it is not built
+bool faulty(const Call& call, char* message, size_t size);  // the first fault of its ids, as a sentence in `message`
+char* thread_scratch(size_t bytes);    // the calling thread's, kept between calls; null without memory
 
 extern const Level level_plain, level_avx2, level_avx512;
 

@@ -36,3 +36,26 @@ QUIRE_EXPORT int64_t quire_copy_pages(const quire::Pages* pages, const int32_t* 
 
 // Reads whole multiples of 256 KiB on one thread; the result only keeps the reads alive.
 QUIRE_EXPORT uint64_t quire_read(const char* data, int64_t bytes);
+
+namespace quire {
+struct Model;
+struct Step;
+class Engine;
+}  // namespace quire
+
+// Threads and working memory of decoder steps; null where there is no memory or no thread to be had.
+QUIRE_EXPORT quire::Engine* quire_engine_new(int64_t threads);
+QUIRE_EXPORT void quire_engine_free(quire::Engine* engine);
+
+// All layers over one batch; step->hidden is written.
+QUIRE_EXPORT int64_t quire_forward(quire::Engine* engine, const quire::Model* model, const quire::Step* step,
+                                   char* message, int64_t size);
+
+// Final norm and head over some rows of `hidden`: each row's likeliest token, its logit, the sum of its logits, and
+// where `logits` is given all of them, [num_rows][vocab].
+QUIRE_EXPORT int64_t quire_head(quire::Engine* engine, const quire::Model* model, const float* hidden,
+                                const int64_t* rows, int64_t num_rows, float* logits, int32_t* tokens, float* values,
+                                float* totals);
+
+// Packs weights for products: lane l of panel p takes row rows[32 p + l] of `columns` elements, zeros where null.
+QUIRE_EXPORT void quire_pack(const char* const* rows, int64_t panels, int64_t columns, int64_t is_bf16, uint32_t* to);

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from kernels import cpu
+from kernels.cpu import Native
 from pagetable.errors import ConfigError, InvariantBroken, ModelError
 from pagetable.ids import PlanNumber, SequenceId
 from pagetable.sampling import SamplingParams
@@ -18,12 +21,14 @@ from tests.models import TWELVE, make_model, reference
 from worker.kv_cache import PagedKVCache
 from worker.model import Decoder
 from worker.model_config import ModelConfig
+from worker.native_model import NativeModel
 from worker.plan import Admit, Plan
 from worker.runner import NOT_FINITE, Runner
 from worker.sampler import Sampler
 from worker.tables import TableMirror
 from worker.weights import open_weights
 
+KINDS = ("torch", *cpu.levels())
 LENGTHS = (1, 2, 15, 16, 17, 40, 63, 130, 300)
 CHUNKS = (1, 1, 7, 16, 5, 33, 64, 48, 100)
 WHOLE = (300,) * len(LENGTHS)
@@ -34,16 +39,28 @@ DECODES = 6
 class Rig:
     """A model with its cache and tables, and the least scheduler that a test needs: blocks from a shuffled list."""
 
-    model: Decoder
+    model: Decoder | NativeModel
     cache: PagedKVCache
     tables: TableMirror
     free: list[int]
     number_of_blocks: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, folder: Path, dtype: torch.dtype = torch.float32, block_size: int = 16, num_blocks: int = 96) -> Rig:
+    def make(
+        cls,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        block_size: int = 16,
+        num_blocks: int = 96,
+        kind: str = "torch",
+        threads: int = 2,
+    ) -> Rig:
         config = ModelConfig.from_folder(folder)
-        model = Decoder(config, open_weights(folder), dtype)
+        model: Decoder | NativeModel
+        if kind == "torch":
+            model = Decoder(config, open_weights(folder), dtype)
+        else:
+            model = NativeModel(config, open_weights(folder), dtype, Native(kind), threads)
         cache = PagedKVCache(config, num_blocks, block_size, dtype)
         # whatever lies in a page before it is written must not reach any result
         cache.pool.fill_(float("nan"))
@@ -72,8 +89,15 @@ class Rig:
     def logits(self, rows: list[tuple[int, int, list[int]]]) -> torch.Tensor:
         plan = self.plan(rows)
         self.tables.apply(plan)
-        batch = self.tables.batch(plan, self.model.windows)
-        return self.model.logits(self.model.forward(batch.tokens, batch.positions, batch, self.cache))
+        hidden = self.model.forward(self.tables.batch(plan, self.model.windows), self.cache)
+        head = self.model.head(hidden, np.arange(len(hidden)), logits=True)
+        assert head.logits is not None
+        assert head.tokens.tolist() == head.logits.argmax(-1).tolist()
+        assert np.array_equal(head.values, head.logits.amax(-1).numpy())
+        assert np.allclose(head.totals, head.logits.double().sum(-1).numpy(), rtol=1e-4, atol=1e-3)
+        without = self.model.head(hidden, np.arange(len(hidden)), logits=False)
+        assert without.logits is None and np.array_equal(without.tokens, head.tokens)
+        return head.logits
 
 
 def prompts(vocab: int = 331) -> list[list[int]]:
@@ -124,14 +148,19 @@ def name_of(case: tuple[str, str, dict[str, Any]]) -> str:
     return case[0]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", TWELVE, ids=name_of)
-def test_float32_logits_equal_those_of_transformers(case: tuple[str, str, dict[str, Any]], tmp_path: Path) -> None:
+def test_float32_logits_equal_those_of_transformers(
+    case: tuple[str, str, dict[str, Any]], kind: str, tmp_path: Path
+) -> None:
     _, arch, overrides = case
     folder = make_model(tmp_path, arch, seed=3, **overrides)
     sequences = prompts()
     expected = run_reference(folder, sequences)
     for chunks, block_size, num_blocks in ((WHOLE, 16, 64), (CHUNKS, 4, 192)):
-        found = run_all(Rig.make(folder, block_size=block_size, num_blocks=num_blocks), sequences, chunks)
+        found = run_all(
+            Rig.make(folder, block_size=block_size, num_blocks=num_blocks, kind=kind), sequences, chunks
+        )
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.shape == theirs.shape
             assert (ours - theirs).abs().max() < 1e-4
@@ -140,14 +169,17 @@ def test_float32_logits_equal_those_of_transformers(case: tuple[str, str, dict[s
     assert len(set(expected[-1].argmax(-1).tolist())) > 100
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", TWELVE, ids=name_of)
-def test_bfloat16_is_as_near_to_float32_as_transformers(case: tuple[str, str, dict[str, Any]], tmp_path: Path) -> None:
+def test_bfloat16_is_as_near_to_float32_as_transformers(
+    case: tuple[str, str, dict[str, Any]], kind: str, tmp_path: Path
+) -> None:
     _, arch, overrides = case
     folder = make_model(tmp_path, arch, seed=4, dtype="bfloat16", **overrides)
     sequences = prompts()
     exact = torch.cat(run_reference(folder, sequences, torch.float32))
     theirs = torch.cat(run_reference(folder, sequences, torch.bfloat16))
-    ours = torch.cat(run_all(Rig.make(folder, torch.bfloat16), sequences, CHUNKS))
+    ours = torch.cat(run_all(Rig.make(folder, torch.bfloat16, kind=kind), sequences, CHUNKS))
     assert 0 < (ours - exact).norm() <= (theirs - exact).norm()
 
 
@@ -164,6 +196,7 @@ def test_float16_weights_run_in_float32_and_sharded_folders_read_the_same(tmp_pa
 def test_positions_near_a_million_are_rotated_in_float64(tmp_path: Path) -> None:
     """Rotation by equal distance is the same anywhere; with float32 angles it is off by 0.05 rad up there."""
     model = Rig.make(make_model(tmp_path, max_position_embeddings=1 << 21)).model
+    assert isinstance(model, Decoder)
     near, far = model._angles(torch.tensor([0, 3])), model._angles(torch.tensor([1_000_000, 1_000_003]))
     cosines = [cos[0] * cos[1] + sin[0] * sin[1] for cos, sin in (near, far)]
     assert (cosines[0] - cosines[1]).abs().max() < 1e-6

@@ -1,0 +1,401 @@
+// The decoder's step: all layers over one ragged batch on the threads of a team, and the head over some of its rows.
+//
+// Every thread runs the same sequence of phases. A phase's work is claimed in pieces and ends at a barrier; rows so few
+// that a barrier would cost more are prepared by each thread for itself.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+
+#include "exports.h"
+#include "merge.h"
+#include "plan.h"
+#include "step.h"
+#include "team.h"
+
+namespace quire {
+namespace {
+
+constexpr int64_t kOwnRows = 8;       // up to so many rows each thread prepares its own left side of a product
+constexpr int64_t kStreamRows = 64;   // up to so many rows a product is dealt out by panels alone
+constexpr int64_t kBlockRows = 192;   // rows of a block otherwise: its left side stays in a core's own cache
+constexpr int64_t kBlockPanels = 8;
+constexpr int64_t kRowsPerClaim = 8;
+constexpr int64_t kPhases = 10;       // of a layer, at most
+
+int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
+
+// Memory that grows and is not cleared.
+class Buffer {
+public:
+    ~Buffer() { std::free(data_); }
+    char* take(int64_t bytes) {
+        if (bytes > size_) {
+            std::free(data_);
+            size_ = 0;
+            data_ = std::aligned_alloc(64, (size_t)divide_up(bytes, 64) * 64);
+            if (!data_) throw std::bad_alloc();
+            size_ = bytes;
+        }
+        return static_cast<char*>(data_);
+    }
+    float* floats(int64_t count) { return reinterpret_cast<float*>(take(count * 4)); }
+
+private:
+    void* data_ = nullptr;
+    int64_t size_ = 0;
+};
+
+// Words from row to row of a product's left side: whole cache lines, and never whole pages of memory, whose rows would
+// fall on each other in a cache.
+int64_t row_words(int64_t depth) {
+    const int64_t words = divide_up(depth, 16) * 16;
+    return words % 1024 ? words : words + 16;
+}
+
+}  // namespace
+
+class Engine {
+public:
+    explicit Engine(int64_t threads) : team_(threads), own_(new Buffer[team_.size()]) {}
+
+    int64_t forward(const Model& model, const Step& step, char* message, int64_t size);
+    int64_t head(const Model& model, const float* hidden, const int64_t* rows, int64_t num_rows, float* logits,
+                 int32_t* tokens, float* values, float* totals);
+
+private:
+    friend class Forward;
+    Team team_;
+    std::unique_ptr<Buffer[]> own_;  // by thread
+    Buffer angles_, left_, qkv_, q_, attended_, lse_, act_, partial_, best_;
+};
+
+// One call of forward, as its threads see it.
+class Forward {
+public:
+    Forward(Engine& engine, const Model& model, const Step& step, const Level& level)
+        : engine_(engine),
+          team_(engine.team_),
+          model_(model),
+          step_(step),
+          level_(level),
+          kernels_(model.is_bf16 ? *level.step_bf16 : *level.step_f32),
+          tokens_(step.num_tokens),
+          element_(model.is_bf16 ? 2 : 4),
+          per_word_(model.is_bf16 ? 2 : 1),
+          q_columns_(model.q_heads * model.head_dim),
+          qkv_columns_((model.q_heads + 2 * model.kv_heads) * model.head_dim) {
+        const int64_t widest = std::max(model.hidden, q_columns_);
+        angles_ = engine.angles_.floats(tokens_ * model.head_dim);
+        left_ = engine.left_.take(tokens_ * row_words(divide_up(widest, per_word_)) * 4);
+        qkv_ = engine.qkv_.floats(tokens_ * qkv_columns_);
+        q_ = engine.q_.take(tokens_ * q_columns_ * element_);
+        attended_ = engine.attended_.floats(tokens_ * q_columns_);
+        lse_ = engine.lse_.floats(tokens_ * model.q_heads);
+        act_row_ = row_words(divide_up(divide_up(model.intermediate, kHalfPanel) * kHalfPanel, per_word_));
+        act_ = engine.act_.take(tokens_ * act_row_ * 4);
+        if (step.reduce) partial_ = engine.partial_.floats(tokens_ * model.hidden);
+        for (int64_t thread = 0; tokens_ <= kOwnRows && thread < team_.size(); thread++)
+            engine.own_[thread].take(kOwnRows * row_words(divide_up(widest, per_word_)) * 4);
+        for (int64_t window = 0; window < step.num_windows; window++) {
+            calls_.push_back(call_of(window));
+            plans_.push_back(make_plan(calls_.back()));
+        }
+        for (int64_t layer = 0; layer < model.num_layers; layer++)
+            pools_.push_back({step.pool + layer * step.layer_stride, step.block_stride, step.num_blocks});
+    }
+
+    int64_t num_phases() const { return kPhases * (model_.num_layers + 1); }
+    bool failed() const { return failed_.load(); }
+    const std::vector<Call>& calls() const { return calls_; }
+
+    void operator()(int64_t thread) {
+        int64_t phase = 0;
+        char* const scratch = thread_scratch(level_.scratch_bytes);
+        if (!scratch) failed_.store(true);
+        start(phase);
+        for (int64_t index = 0; index < model_.num_layers; index++) {
+            const Layer& layer = model_.layers[index];
+            Left left = normed(thread, phase, layer.input_norm);
+            multiply(phase, left, layer.qkv, End::kStore, qkv_, nullptr, qkv_columns_);
+            rotate(phase, layer, index);
+            attend(phase, layer, index, scratch);
+            add_to_hidden(phase, attended_left(thread, phase), layer.o);
+            left = normed(thread, phase, layer.mlp_norm);
+            multiply(phase, left, layer.gate_up, End::kSwish, nullptr, act_, act_row_ * per_word_);
+            add_to_hidden(phase, Left{act_, act_row_}, layer.down);
+        }
+    }
+
+private:
+    struct Left {
+        const char* at;
+        int64_t row;  // words
+    };
+
+    Call call_of(int64_t window) const {
+        Call call{};
+        call.q = q_;
+        call.q_stride = q_columns_;
+        call.query_start = step_.query_start;
+        call.first_position = step_.first_position;
+        call.num_pools = 1;
+        call.page_start = step_.page_start[window];
+        call.page_block = step_.page_block[window];
+        call.page_position = step_.page_position[window];
+        call.out = attended_;
+        call.lse = lse_;
+        call.num_tokens = tokens_;
+        call.num_rows = step_.num_rows;
+        call.num_entries = step_.num_entries[window];
+        call.q_heads = model_.q_heads;
+        call.kv_heads = model_.kv_heads;
+        call.head_dim = model_.head_dim;
+        call.block_size = step_.block_size;
+        call.window = step_.windows[window];
+        call.is_bf16 = model_.is_bf16;
+        call.level = model_.level;
+        call.threads = team_.size();
+        call.scale = 1.0 / std::sqrt((double)model_.head_dim);
+        return call;
+    }
+
+    // body(row) for all tokens, a few at a time.
+    template <class Body>
+    void rows(int64_t& phase, Body body) {
+        const int64_t some = std::clamp<int64_t>(tokens_ / (4 * team_.size()), 1, kRowsPerClaim);
+        const int64_t pieces = divide_up(tokens_, some);
+        Counter& counter = team_.counter(phase++);
+        for (int64_t piece; (piece = counter.claim(pieces)) < pieces;)
+            for (int64_t row = piece * some; row < std::min(tokens_, (piece + 1) * some); row++) body(row);
+        team_.barrier();
+    }
+
+    void start(int64_t& phase) {
+        const int64_t half = model_.head_dim / 2;
+        rows(phase, [&](int64_t row) {
+            kernels_.widen(model_.embedding + step_.tokens[row] * model_.hidden * element_, model_.hidden,
+                           step_.hidden + row * model_.hidden);
+            // in double: float is 0.05 rad off at a million
+            for (int64_t i = 0; i < half; i++) {
+                const double angle = (double)step_.positions[row] * model_.frequencies[i];
+                angles_[row * 2 * half + i] = (float)(std::cos(angle) * model_.rotary_factor);
+                angles_[row * 2 * half + half + i] = (float)(std::sin(angle) * model_.rotary_factor);
+            }
+        });
+    }
+
+    // The left side of a product: body(row, to) for all rows, each thread for itself where they are few.
+    template <class Body>
+    Left prepare(int64_t thread, int64_t& phase, int64_t columns, Body body) {
+        const int64_t row_size = row_words(divide_up(columns, per_word_));
+        if (tokens_ <= kOwnRows) {
+            char* const own = engine_.own_[thread].take(0);
+            for (int64_t row = 0; row < tokens_; row++) body(row, own + row * row_size * 4);
+            return {own, row_size};
+        }
+        rows(phase, [&](int64_t row) { body(row, left_ + row * row_size * 4); });
+        return {left_, row_size};
+    }
+
+    Left normed(int64_t thread, int64_t& phase, const float* weight) {
+        return prepare(thread, phase, model_.hidden, [&](int64_t row, char* to) {
+            kernels_.norm(step_.hidden + row * model_.hidden, weight, model_.eps, model_.hidden, to);
+        });
+    }
+
+    Left attended_left(int64_t thread, int64_t& phase) {
+        return prepare(thread, phase, q_columns_, [&](int64_t row, char* to) {
+            kernels_.convert(attended_ + row * q_columns_, q_columns_, to);
+        });
+    }
+
+    void multiply(int64_t& phase, Left left, const Matrix& matrix, End end, float* out, char* words, int64_t out_row) {
+        const Product product{left.at, left.row, matrix, end, out, words, out_row, nullptr};
+        deal(team_, team_.counter(phase++), kernels_, product, tokens_);
+        team_.barrier();
+    }
+
+public:
+    // All panels and rows of a product, dealt out to the threads that call this.
+    static void deal(Team& team, Counter& counter, const StepKernels& kernels, const Product& product, int64_t rows) {
+        const int64_t columns = product.matrix.columns, panels = divide_up(columns, kPanel);
+        if (rows <= kStreamRows) {
+            for (int64_t begin, end; counter.claim_some(panels, team.size(), begin, end);)
+                kernels.product(product, begin, end, 0, rows);
+            return;
+        }
+        const int64_t blocks = divide_up(rows, kBlockRows), parts = divide_up(panels, kBlockPanels);
+        for (int64_t piece; (piece = counter.claim(blocks * parts)) < blocks * parts;) {
+            const int64_t block = piece / parts, part = piece % parts;
+            kernels.product(product, panels * part / parts, panels * (part + 1) / parts, rows * block / blocks,
+                            rows * (block + 1) / blocks);
+        }
+    }
+
+private:
+    // hidden += left * matrix; over ranks first where there are several.
+    void add_to_hidden(int64_t& phase, Left left, const Matrix& matrix) {
+        if (!step_.reduce) return multiply(phase, left, matrix, End::kAdd, step_.hidden, nullptr, model_.hidden);
+        multiply(phase, left, matrix, End::kStore, partial_, nullptr, model_.hidden);
+        Counter& counter = team_.counter(phase++);
+        if (counter.claim(1) == 0) step_.reduce(partial_, tokens_ * model_.hidden);
+        team_.barrier();
+        rows(phase, [&](int64_t row) {
+            kernels_.add(partial_ + row * model_.hidden, model_.hidden, step_.hidden + row * model_.hidden);
+        });
+    }
+
+    void rotate(int64_t& phase, const Layer& layer, int64_t index) {
+        const Rotation rotation{qkv_,           angles_,        layer.q_norm,      layer.k_norm,
+                                q_,             step_.pool + index * step_.layer_stride,
+                                step_.block_stride, step_.slots, model_.q_heads,   model_.kv_heads,
+                                model_.head_dim, step_.block_size, model_.eps};
+        rows(phase, [&](int64_t row) { kernels_.rotate(rotation, row); });
+    }
+
+    void attend(int64_t& phase, const Layer& layer, int64_t index, char* scratch) {
+        const Plan& plan = plans_[layer.window];
+        Call call = calls_[layer.window];
+        call.pools = &pools_[index];
+        const Kernel direct = call.is_bf16 ? level_.direct_bf16 : level_.direct_f32;
+        const Kernel tiled = call.is_bf16 ? level_.tiled_bf16 : level_.tiled_f32;
+        const int64_t items = (int64_t)plan.items.size();
+        Counter& counter = team_.counter(phase++);
+        for (int64_t item; (item = counter.claim(items)) < items;)
+            if (scratch) (item < plan.num_tiled ? tiled : direct)(call, plan.items[item], scratch);
+        team_.barrier();
+        if (plan.merges.empty()) return;
+        const int64_t merges = (int64_t)plan.merges.size();
+        Counter& merged = team_.counter(phase++);
+        for (int64_t at; (at = merged.claim(merges)) < merges;) merge(call, plan, plan.merges[at]);
+        team_.barrier();
+    }
+
+    static void merge(const Call& call, const Plan& plan, const Merge& merge) {
+        const int64_t heads = merge.num_tokens * call.q_heads, dim = call.head_dim;
+        for (int64_t i = 0; i < heads; i++) {
+            const int64_t from = merge.part * call.q_heads + i, to = merge.token * call.q_heads + i;
+            merge_parts(plan.outs.data() + from * dim, heads * dim, plan.lses.data() + from, heads, merge.num_parts,
+                        dim, call.out + to * dim, call.lse + to);
+        }
+    }
+
+    Engine& engine_;
+    Team& team_;
+    const Model& model_;
+    const Step& step_;
+    const Level& level_;
+    const StepKernels& kernels_;
+    const int64_t tokens_, element_, per_word_, q_columns_, qkv_columns_;
+    float *angles_, *qkv_, *attended_, *lse_, *partial_ = nullptr;
+    char *left_, *q_, *act_;
+    int64_t act_row_;
+    std::vector<Call> calls_;
+    std::vector<Plan> plans_;
+    std::vector<Pool> pools_;
+    std::atomic<bool> failed_{false};
+};
+
+int64_t Engine::forward(const Model& model, const Step& step, char* message, int64_t size) {
+    const Level* level = level_of(model.level);
+    if (!level) {
+        std::snprintf(message, (size_t)size, "level %lld is not built", (long long)model.level);
+        return 1;
+    }
+    for (int64_t t = 0; t < step.num_tokens; t++) {
+        if (step.tokens[t] < 0 || step.tokens[t] >= model.vocab) {
+            std::snprintf(message, (size_t)size, "tokens[%lld]: got %lld, must be from 0 to %lld", (long long)t,
+                          (long long)step.tokens[t], (long long)model.vocab - 1);
+            return 1;
+        }
+        if (step.slots[t] >= step.num_blocks * step.block_size) {
+            std::snprintf(message, (size_t)size, "slots[%lld]: got %lld, must be below %lld", (long long)t,
+                          (long long)step.slots[t], (long long)(step.num_blocks * step.block_size));
+            return 1;
+        }
+    }
+    Forward forward(*this, model, step, *level);
+    for (Call call : forward.calls()) {
+        const Pool pool{step.pool, step.block_stride, step.num_blocks};
+        call.pools = &pool;
+        if (faulty(call, message, (size_t)size)) return 1;
+    }
+    team_.run(forward.num_phases(), forward);
+    return forward.failed() ? 2 : 0;
+}
+
+int64_t Engine::head(const Model& model, const float* hidden, const int64_t* rows, int64_t num_rows, float* logits,
+                     int32_t* tokens, float* values, float* totals) {
+    const Level* level = level_of(model.level);
+    const StepKernels& kernels = model.is_bf16 ? *level->step_bf16 : *level->step_f32;
+    const int64_t row_size = row_words(divide_up(model.hidden, model.is_bf16 ? 2 : 1));
+    char* const left = left_.take(num_rows * row_size * 4);
+    Best* const best = reinterpret_cast<Best*>(best_.take(team_.size() * num_rows * (int64_t)sizeof(Best)));
+    auto body = [&](int64_t thread) {
+        Counter& prepared = team_.counter(0);
+        for (int64_t row; (row = prepared.claim(num_rows)) < num_rows;)
+            kernels.norm(hidden + rows[row] * model.hidden, model.norm, model.eps, model.hidden,
+                         left + row * row_size * 4);
+        Best* const own = best + thread * num_rows;
+        std::fill_n(own, num_rows, Best{-std::numeric_limits<float>::infinity(), 0, 0.f});
+        team_.barrier();
+        const Product product{left, row_size, model.head, End::kBest, logits, nullptr, model.vocab, own};
+        Forward::deal(team_, team_.counter(1), kernels, product, num_rows);
+    };
+    team_.run(2, body);
+    for (int64_t row = 0; row < num_rows; row++) {
+        Best all = best[row];
+        for (int64_t thread = 1; thread < team_.size(); thread++) {
+            const Best& other = best[thread * num_rows + row];
+            all.total += other.total;
+            if (other.value > all.value || (other.value == all.value && other.id < all.id))
+                all.value = other.value, all.id = other.id;
+        }
+        tokens[row] = all.id;
+        values[row] = all.value;
+        totals[row] = all.total;
+    }
+    return 0;
+}
+
+}  // namespace quire
+
+quire::Engine* quire_engine_new(int64_t threads) try {
+    return new quire::Engine(threads);
+} catch (const std::exception&) {
+    return nullptr;
+}
+
+void quire_engine_free(quire::Engine* engine) { delete engine; }
+
+int64_t quire_forward(quire::Engine* engine, const quire::Model* model, const quire::Step* step, char* message,
+                      int64_t size) try {
+    return engine->forward(*model, *step, message, size);
+} catch (const std::bad_alloc&) {
+    return 2;
+}
+
+int64_t quire_head(quire::Engine* engine, const quire::Model* model, const float* hidden, const int64_t* rows,
+                   int64_t num_rows, float* logits, int32_t* tokens, float* values, float* totals) try {
+    return engine->head(*model, hidden, rows, num_rows, logits, tokens, values, totals);
+} catch (const std::bad_alloc&) {
+    return 2;
+}
+
+void quire_pack(const char* const* rows, int64_t panels, int64_t columns, int64_t is_bf16, uint32_t* to) {
+    const int64_t depth = quire::divide_up(columns, is_bf16 ? 2 : 1), bytes = columns * (is_bf16 ? 2 : 4);
+    for (int64_t panel = 0; panel < panels; panel++, to += depth * quire::kPanel) {
+        for (int64_t lane = 0; lane < quire::kPanel; lane++) {
+            const char* from = rows[panel * quire::kPanel + lane];
+            for (int64_t k = 0; k < depth; k++) {
+                uint32_t word = 0;
+                if (from) std::memcpy(&word, from + k * 4, (size_t)std::min<int64_t>(4, bytes - k * 4));
+                to[k * quire::kPanel + lane] = word;
+            }
+        }
+    }
+}

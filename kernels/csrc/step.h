@@ -1,0 +1,110 @@
+// The decoder step's data: what kernels/decoder.py hands over, and what the phases of a step hand to a level's kernels.
+// Plain data only, for the reason that call.h gives. Word: a float, or a pair of bfloat16 of consecutive k.
+#pragma once
+#include "call.h"
+
+namespace quire {
+
+constexpr int kPanel = 32;      // columns of a panel of packed weights
+constexpr int kHalfPanel = 16;  // of a gate-and-up panel: so many columns of each
+
+// Packed weights: [panels][depth words][kPanel]. Mirrored by decoder.py.
+struct Matrix {
+    const void* packed;
+    const float* bias;  // [panels][kPanel], or null
+    int64_t depth, columns;
+};
+
+// What becomes of the sums of a product; `bias` is added first.
+enum class End : int64_t {
+    kStore,  // out[row][column] = sum
+    kAdd,    // out[row][column] += sum
+    kSwish,  // the panel holds 16 gates and 16 ups: words[row][16 panel + j] = silu(gate) * up
+    kBest,   // the row's largest sum and its total are kept in `best`; out is written where it is not null
+};
+
+// One row's largest logit so far, the lowest of its ids, and the sum of all (not finite where one logit is not).
+struct Best {
+    float value;
+    int32_t id;
+    float total;
+};
+
+struct Product {
+    const char* a;  // [rows][a_row] words
+    int64_t a_row;
+    Matrix matrix;
+    End end;
+    float* out;  // [rows][out_row]
+    char* words;  // [rows][out_row] elements
+    int64_t out_row;
+    Best* best;  // [rows], the thread's own
+};
+
+// The rows of q, k, v of some tokens on their way to attention: normed, rotated, rounded; K and V into their pages.
+struct Rotation {
+    const float* qkv;  // [tokens][(q_heads + 2 kv_heads) * head_dim]
+    const float* angles;  // [tokens][cos, sin][head_dim / 2]
+    const float *q_norm, *k_norm;  // [head_dim], or null
+    char* q;  // [tokens][q_heads * head_dim] elements
+    char* pool;  // block 0 of the layer
+    int64_t block_stride;
+    const int64_t* slots;
+    int64_t q_heads, kv_heads, head_dim, block_size;
+    double eps;
+};
+
+// Kernels of the step at one level, for one dtype.
+struct StepKernels {
+    void (*product)(const Product&, int64_t panel, int64_t panel_end, int64_t row, int64_t row_end);
+    // to [columns elements, then zeros to `row` words] = x / rms(x) * weight
+    void (*norm)(const float* x, const float* weight, double eps, int64_t columns, char* to);
+    void (*convert)(const float* x, int64_t columns, char* to);
+    void (*widen)(const char* x, int64_t columns, float* to);
+    void (*rotate)(const Rotation&, int64_t token);
+    void (*add)(const float* x, int64_t columns, float* to);
+};
+
+// Mirrored by decoder.py from here on.
+struct Layer {
+    const float* input_norm;
+    const float* mlp_norm;
+    const float *q_norm, *k_norm;
+    Matrix qkv, o, gate_up, down;
+    int64_t window;  // index into Step::calls
+};
+
+struct Model {
+    const Layer* layers;
+    const float* norm;
+    Matrix head;
+    const char* embedding;  // [vocab][hidden] elements
+    const double* frequencies;  // [head_dim / 2]
+    int64_t num_layers, hidden, q_heads, kv_heads, head_dim, intermediate, vocab;
+    int64_t is_bf16, level;
+    double eps, rotary_factor;
+};
+
+// Adds up `count` floats over the ranks of a tensor-parallel group.
+using Reduce = void (*)(float* data, int64_t count);
+
+// One ragged batch.
+struct Step {
+    const int64_t* tokens;
+    const int64_t* positions;
+    const int64_t* slots;
+    const int32_t* query_start;
+    const int32_t* first_position;
+    const int32_t* const* page_start;  // of each window, as are the next two
+    const int32_t* const* page_block;
+    const int32_t* const* page_position;
+    const int64_t* windows;
+    const int64_t* num_entries;
+    char* pool;
+    float* hidden;  // [tokens][hidden]: the residual stream
+    int64_t layer_stride, block_stride, num_blocks, block_size;
+    int64_t num_tokens, num_rows, num_windows;
+    Reduce reduce;  // null: one rank
+};
+
+}  // namespace quire

@@ -1,0 +1,364 @@
+"""The native decoder step: packed weights and one call for all layers of a batch, one for the head (csrc/step.cpp).
+
+Arrays and pointers only; what they mean is in csrc/step.h. `worker/native_model.py` fills them from a model folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kernels import cpu
+from kernels.ops import Mask, PageList
+
+PANEL = 32  # kPanel in csrc/step.h
+HALF_PANEL = 16
+
+_ADDRESS, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+Floats = npt.NDArray[np.float32]
+
+
+class _Matrix(ctypes.Structure):
+    """`quire::Matrix` in csrc/step.h."""
+
+    _fields_ = [("packed", _ADDRESS), ("bias", _ADDRESS), ("depth", _INT), ("columns", _INT)]
+
+
+class _Layer(ctypes.Structure):
+    """`quire::Layer` in csrc/step.h."""
+
+    _fields_ = [
+        *((name, _ADDRESS) for name in ("input_norm", "mlp_norm", "q_norm", "k_norm")),
+        *((name, _Matrix) for name in ("qkv", "o", "gate_up", "down")),
+        ("window", _INT),
+    ]
+
+
+class _Model(ctypes.Structure):
+    """`quire::Model` in csrc/step.h."""
+
+    _fields_ = [
+        ("layers", ctypes.POINTER(_Layer)),
+        ("norm", _ADDRESS),
+        ("head", _Matrix),
+        *((name, _ADDRESS) for name in ("embedding", "frequencies")),
+        *(
+            (name, _INT)
+            for name in ("num_layers", "hidden", "q_heads", "kv_heads", "head_dim", "intermediate", "vocab")
+        ),
+        *((name, _INT) for name in ("is_bf16", "level")),
+        *((name, _DOUBLE) for name in ("eps", "rotary_factor")),
+    ]
+
+
+class _Step(ctypes.Structure):
+    """`quire::Step` in csrc/step.h."""
+
+    _fields_ = [
+        *((name, _ADDRESS) for name in ("tokens", "positions", "slots", "query_start", "first_position")),
+        *((name, _ADDRESS) for name in ("page_start", "page_block", "page_position", "windows", "num_entries")),
+        *((name, _ADDRESS) for name in ("pool", "hidden")),
+        *((name, _INT) for name in ("layer_stride", "block_stride", "num_blocks", "block_size")),
+        *((name, _INT) for name in ("num_tokens", "num_rows", "num_windows")),
+        ("reduce", _ADDRESS),
+    ]
+
+
+_TEXT = (ctypes.c_char_p, _INT)
+_SIGNATURES = {
+    "quire_engine_new": (_ADDRESS, _INT),
+    "quire_engine_free": (None, _ADDRESS),
+    "quire_forward": (_INT, _ADDRESS, ctypes.POINTER(_Model), ctypes.POINTER(_Step), *_TEXT),
+    "quire_head": (_INT, _ADDRESS, ctypes.POINTER(_Model), *(_ADDRESS,) * 2, _INT, *(_ADDRESS,) * 4),
+    "quire_pack": (None, _ADDRESS, _INT, _INT, _INT, _ADDRESS),
+}
+
+
+def huge_memory(num_bytes: int) -> mmap.mmap:
+    """Private memory of the machine, taken as it is first written, in huge pages where the kernel has them.
+
+    Raises: OSError, OverflowError or ValueError where so much cannot even be reserved.
+    """
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without them: the same, slower
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a weight matrix in the order of the product's columns; None stands for a column of zeros.
+
+    Attributes:
+        weights: each [n, depth], of one dtype, contiguous.
+        order: int64 [columns], numbers of rows counted through all `weights`; -1 is a column of zeros.
+        biases: for each of `weights`, [n] or None.
+    """
+
+    weights: Sequence[torch.Tensor]
+    order: npt.NDArray[np.int64]
+    biases: Sequence[torch.Tensor | None]
+
+    @staticmethod
+    def beside(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> Rows:
+        """One matrix after the other."""
+        return Rows(weights, np.arange(sum(len(each) for each in weights)), biases)
+
+    @staticmethod
+    def paired(
+        gate: torch.Tensor, up: torch.Tensor, gate_bias: torch.Tensor | None, up_bias: torch.Tensor | None
+    ) -> Rows:
+        """Panels of 16 rows of `gate` and the same 16 of `up`."""
+        count = len(gate)
+        padded = -(-count // HALF_PANEL) * HALF_PANEL
+        of_gate = np.arange(padded)
+        of_gate[count:] = -1
+        of_up = np.where(of_gate < 0, -1, of_gate + count)
+        order = np.stack((of_gate.reshape(-1, HALF_PANEL), of_up.reshape(-1, HALF_PANEL)), 1).reshape(-1)
+        return Rows((gate, up), order, (gate_bias, up_bias))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRows:
+    """One decoder layer. Norm weights are float32."""
+
+    input_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    qkv: Rows
+    o: Rows
+    gate_up: Rows
+    down: Rows
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """Sizes and constants; windows are the different sliding windows of the layers, 0 for none."""
+
+    hidden: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    eps: float
+    rotary_factor: float
+    windows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What the head says of S rows.
+
+    Attributes:
+        tokens: int32 [S], the likeliest token of each, of equals the lowest id.
+        values: float32 [S], its logit.
+        totals: float32 [S], the sum of the row's logits: not finite where one logit is not.
+        logits: float32 [S, vocab], or None where they were not asked for.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    values: Floats
+    totals: Floats
+    logits: torch.Tensor | None
+
+
+class NativeDecoder:
+    """Packed weights, a team of threads and the working memory of steps. One caller at a time."""
+
+    def __init__(
+        self,
+        shape: DecoderShape,
+        dtype: torch.dtype,
+        embedding: torch.Tensor,
+        norm: torch.Tensor,
+        frequencies: torch.Tensor,
+        backend: cpu.Native,
+        threads: int,
+    ) -> None:
+        """Begin a decoder; layers and head follow by `add_layers` and `set_head`.
+
+        Args:
+            dtype: float32 or bfloat16, of weights and pages.
+            embedding: [vocab, hidden] of `dtype`, contiguous; read where it lies.
+            norm: float32 [hidden], of the last norm.
+            frequencies: float64 [head_dim / 2].
+            threads: that work on a step, the caller's included.
+        """
+        library = cpu.library(_SIGNATURES)
+        self._library, self._shape, self._dtype, self._threads = library, shape, dtype, threads
+        self._keep: list[object] = []
+        self._layers: list[_Layer] = []
+        self._model = _Model(
+            norm=self._pointer(norm),
+            embedding=self._pointer(embedding),
+            frequencies=self._pointer(frequencies),
+            hidden=shape.hidden,
+            q_heads=shape.q_heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            intermediate=shape.intermediate,
+            vocab=shape.vocab,
+            is_bf16=int(dtype == torch.bfloat16),
+            level=backend.level,
+            eps=shape.eps,
+            rotary_factor=shape.rotary_factor,
+        )
+        self._engine = library.quire_engine_new(threads)
+        if not self._engine:
+            raise MemoryError(f"no {threads} threads for the decoder")
+
+    def __del__(self) -> None:
+        if getattr(self, "_engine", None):
+            self._library.quire_engine_free(self._engine)
+            self._engine = None
+
+    def add_layer(self, layer: LayerRows) -> None:
+        """Pack a layer; its plain weights are not needed afterwards."""
+        packed = self._pack((layer.qkv, layer.o, layer.gate_up, layer.down))
+        self._layers.append(
+            _Layer(
+                *(self._pointer(each) for each in (layer.input_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)),
+                *packed,
+                self._shape.windows.index(layer.window),
+            )
+        )
+        array = (_Layer * len(self._layers))(*self._layers)
+        self._model.layers, self._model.num_layers = array, len(array)
+
+    def set_head(self, head: Rows) -> None:
+        (self._model.head,) = self._pack((head,))
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        query_start: torch.Tensor,
+        pool: torch.Tensor,
+        pages: Mapping[int, PageList],
+        masks: Mapping[int, Mask],
+    ) -> torch.Tensor:
+        """Run all layers over one ragged batch of T tokens in R rows.
+
+        Args:
+            tokens, positions, slots: int64 [T].
+            query_start: int32 [R+1].
+            pool: as in `kernels.ops`; this step's K and V are written, in every layer before any row attends.
+            pages, masks: by window, all of the shape's windows; all pages lie in `pool`.
+
+        Returns:
+            float32 [T, hidden], the residual stream behind the last layer.
+
+        Raises:
+            ValueError: an id that may not be; MemoryError. Nothing was written then.
+        """
+        hidden = torch.empty((len(tokens), self._shape.hidden), dtype=torch.float32)
+        lists = [pages[window] for window in self._shape.windows]
+        count = len(lists)
+        windows = (_INT * count)(*self._shape.windows)
+        entries = (_INT * count)(*(len(each.block) for each in lists))
+        starts = (_ADDRESS * count)(*(each.start.data_ptr() for each in lists))
+        blocks = (_ADDRESS * count)(*(each.block.data_ptr() for each in lists))
+        positions_of = (_ADDRESS * count)(*(each.position.data_ptr() for each in lists))
+        size = pool.element_size()
+        step = _Step(
+            *(each.data_ptr() for each in (tokens, positions, slots, query_start)),
+            masks[self._shape.windows[0]].first_position.data_ptr(),
+            *(ctypes.addressof(each) for each in (starts, blocks, positions_of, windows, entries)),
+            pool.data_ptr(),
+            hidden.data_ptr(),
+            pool.stride(0) * size,
+            pool.stride(1) * size,
+            pool.shape[1],
+            pool.shape[4],
+            len(tokens),
+            len(query_start) - 1,
+            count,
+            None,
+        )
+        message = ctypes.create_string_buffer(cpu.MESSAGE_BYTES)
+        cpu.raise_for(self._library.quire_forward(self._engine, self._model, step, message, cpu.MESSAGE_BYTES), message)
+        return hidden
+
+    def head(self, hidden: torch.Tensor, rows: npt.NDArray[np.int64], *, logits: bool) -> Head:
+        """Norm and head over some rows of what `forward` returned; all their logits too where asked for."""
+        count = len(rows)
+        if count and not (rows.min() >= 0 and rows.max() < len(hidden)):
+            raise ValueError(f"rows: got {rows.min()} to {rows.max()}, must be from 0 to {len(hidden) - 1}")
+        out = torch.empty((count, self._shape.vocab), dtype=torch.float32) if logits else None
+        found = Head(np.empty(count, np.int32), np.empty(count, np.float32), np.empty(count, np.float32), out)
+        results = (each.ctypes.data for each in (found.tokens, found.values, found.totals))
+        where = (hidden.data_ptr(), rows.ctypes.data, count, None if out is None else out.data_ptr())
+        code = self._library.quire_head(self._engine, self._model, *where, *results)
+        if code:
+            raise MemoryError("head: no memory for the rows")
+        return found
+
+    def _pointer(self, tensor: torch.Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        assert tensor.is_contiguous()
+        self._keep.append(tensor)
+        return tensor.data_ptr()
+
+    def _pack(self, matrices: Sequence[Rows]) -> list[_Matrix]:
+        """Packed copies in one piece of memory; several threads copy."""
+        is_bf16 = int(self._dtype == torch.bfloat16)
+        element = self._dtype.itemsize
+        jobs, offsets, size = [], [], 0
+        for rows in matrices:
+            panels = -(-len(rows.order) // PANEL)
+            columns = rows.weights[0].shape[1]
+            words = -(-columns // 2) if is_bf16 else columns
+            offsets.append((size, words))
+            table = np.zeros(panels * PANEL, np.uint64)
+            starts = np.concatenate(
+                [each.data_ptr() + np.arange(len(each), dtype=np.uint64) * (columns * element) for each in rows.weights]
+            )
+            there = rows.order >= 0
+            table[: len(there)][there] = starts[rows.order[there]]
+            step = max(1, -(-panels // self._threads))
+            for panel in range(0, panels, step):
+                count = min(step, panels - panel)
+                jobs.append((table, panel, count, columns, size + panel * words * PANEL * 4))
+            size += panels * words * PANEL * 4
+        memory = huge_memory(size)
+        self._keep.append(memory)
+        base = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+
+        def copy(job: tuple[npt.NDArray[np.uint64], int, int, int, int]) -> None:
+            table, panel, count, columns, offset = job
+            self._library.quire_pack(table.ctypes.data + panel * PANEL * 8, count, columns, is_bf16, base + offset)
+
+        with ThreadPoolExecutor(self._threads) as threads:
+            list(threads.map(copy, jobs))
+        return [
+            _Matrix(base + offset, self._pointer(_bias(rows)), words, len(rows.order))
+            for rows, (offset, words) in zip(matrices, offsets, strict=True)
+        ]
+
+
+def _bias(rows: Rows) -> torch.Tensor | None:
+    """float32 by column, padded to whole panels."""
+    if all(bias is None for bias in rows.biases):
+        return None
+    parts = [
+        torch.zeros(len(weight)) if bias is None else bias.to(torch.float32)
+        for weight, bias in zip(rows.weights, rows.biases, strict=True)
+    ]
+    found = torch.zeros(-(-len(rows.order) // PANEL) * PANEL)
+    there = torch.from_numpy(rows.order >= 0)
+    found[: len(there)][there] = torch.cat(parts)[torch.from_numpy(rows.order[rows.order >= 0])]
+    return found

@@ -1,0 +1,108 @@
+"""NativeModel: the Llama family on the native decoder step, with weights packed once at load.
+
+What it computes is `worker/model.py`, which stays as the oracle; it rounds less often. In bfloat16 the residual stream,
+the sums of products and everything between two products stay float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kernels.cpu import Native
+from kernels.decoder import DecoderShape, Head, LayerRows, NativeDecoder, Rows
+from worker.kv_cache import PagedKVCache
+from worker.model_config import ModelConfig
+from worker.tables import Batch
+from worker.weights import Progress, TensorReader, Weights
+
+
+class NativeModel:
+    """A model ready to run: tokens and positions in, hidden rows and logits out. Holds no state of any sequence."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        dtype: torch.dtype,
+        backend: Native,
+        threads: int,
+        progress: Progress | None = None,
+    ) -> None:
+        """Pack the weights, layer by layer, in `dtype`; their files are not held in memory afterwards.
+
+        Args:
+            dtype: float32 or bfloat16.
+            threads: that work on a step, the caller's included.
+            progress: called with the bytes done and the bytes in all, as stored.
+
+        Errors: ModelError where a tensor is missing, unknown, or of another shape or kind than config.json says.
+        """
+        self.config, self.dtype = config, dtype
+        reader = TensorReader(weights, config.tensor_shapes(), dtype, config.harmless_tensors, progress)
+        embedding = reader.take("model.embed_tokens.weight")
+        frequencies = torch.tensor(config.rope.inverse_frequencies(config.head_dim), dtype=torch.float64)
+        shape = DecoderShape(
+            hidden=config.hidden_size,
+            q_heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            intermediate=config.intermediate_size,
+            vocab=config.vocab_size,
+            eps=config.rms_norm_eps,
+            rotary_factor=config.rope.attention_factor,
+            windows=self.windows,
+        )
+        norm = reader.take("model.norm.weight").to(torch.float32)
+        self._decoder = NativeDecoder(shape, dtype, embedding, norm, frequencies, backend, threads)
+        for layer in range(config.num_layers):
+            self._decoder.add_layer(_layer(config, reader, layer))
+            weights.release()
+        head = embedding if config.tie_word_embeddings else reader.take("lm_head.weight")
+        self._decoder.set_head(Rows.beside((head,), (None,)))
+        weights.release()
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The different sliding windows of the layers; 0 is full attention."""
+        return tuple(sorted(set(self.config.windows)))
+
+    def forward(self, batch: Batch, cache: PagedKVCache) -> torch.Tensor:
+        """See `Decoder.forward`; the residual stream is float32."""
+        return self._decoder.forward(
+            batch.tokens, batch.positions, batch.slots, batch.query_start, cache.pool, batch.pages, batch.masks
+        )
+
+    def head(self, hidden: torch.Tensor, rows: npt.NDArray[np.int64], *, logits: bool) -> Head:
+        """See `Decoder.head`."""
+        return self._decoder.head(hidden, rows, logits=logits)
+
+
+def _layer(config: ModelConfig, reader: TensorReader, layer: int) -> LayerRows:
+    prefix = f"model.layers.{layer}."
+
+    def weight(name: str) -> torch.Tensor:
+        return reader.take(f"{prefix}{name}.weight")
+
+    def bias(name: str) -> torch.Tensor | None:
+        return reader.take_if_any(f"{prefix}{name}.bias")
+
+    def norm(name: str) -> torch.Tensor:
+        return weight(name).to(torch.float32)
+
+    def beside(*names: str) -> Rows:
+        return Rows.beside([weight(name) for name in names], [bias(name) for name in names])
+
+    gate, up = "mlp.gate_proj", "mlp.up_proj"
+    return LayerRows(
+        input_norm=norm("input_layernorm"),
+        mlp_norm=norm("post_attention_layernorm"),
+        q_norm=norm("self_attn.q_norm") if config.qk_norm else None,
+        k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
+        qkv=beside("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        o=beside("self_attn.o_proj"),
+        gate_up=Rows.paired(weight(gate), weight(up), bias(gate), bias(up)),
+        down=beside("mlp.down_proj"),
+        window=config.windows[layer],
+    )
