@@ -24,6 +24,7 @@ constexpr int64_t kStreamRows = 64;   // up to so many rows a product is dealt o
 constexpr int64_t kBlockRows = 192;   // rows of a block otherwise: its left side stays in a core's own cache
 constexpr int64_t kBlockPanels = 8;
 constexpr int64_t kRowsPerClaim = 8;
+constexpr int64_t kFetchIdle = 128 * 1024;
 constexpr int64_t kPhases = 10;       // of a layer, at most
 
 int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
@@ -120,13 +121,14 @@ public:
         for (int64_t index = 0; index < model_.num_layers; index++) {
             const Layer& layer = model_.layers[index];
             Left left = normed(thread, phase, layer.input_norm);
-            multiply(phase, left, layer.qkv, End::kStore, qkv_, nullptr, qkv_columns_);
+            multiply(thread, phase, left, layer.qkv, End::kStore, qkv_, nullptr, qkv_columns_);
+            fetch(thread, layer.o, kFetchIdle);
             rotate(phase, layer, index);
             attend(phase, layer, index, scratch);
-            add_to_hidden(phase, attended_left(thread, phase), layer.o);
+            add_to_hidden(thread, phase, attended_left(thread, phase), layer.o);
             left = normed(thread, phase, layer.mlp_norm);
-            multiply(phase, left, layer.gate_up, End::kSwish, nullptr, act_, act_row_ * per_word_);
-            add_to_hidden(phase, Left{act_, act_row_}, layer.down);
+            multiply(thread, phase, left, layer.gate_up, End::kSwish, nullptr, act_, act_row_ * per_word_);
+            add_to_hidden(thread, phase, Left{act_, act_row_}, layer.down);
         }
     }
 
@@ -213,34 +215,46 @@ private:
         });
     }
 
-    void multiply(int64_t& phase, Left left, const Matrix& matrix, End end, float* out, char* words, int64_t out_row) {
+    void multiply(int64_t thread, int64_t& phase, Left left, const Matrix& matrix, End end, float* out, char* words,
+                  int64_t out_row) {
         const Product product{left.at, left.row, matrix, end, out, words, out_row, nullptr};
-        deal(team_, team_.counter(phase++), kernels_, product, tokens_);
+        deal(team_, phase++, thread, kernels_, product, tokens_);
         team_.barrier();
+    }
+
+    // Asks for the first panels that this thread will read of a matrix, while the memory has nothing else to do.
+    void fetch(int64_t thread, const Matrix& matrix, int64_t bytes) const {
+        if (tokens_ > kStreamRows) return;
+        const int64_t panels = divide_up(matrix.columns, kPanel), panel_bytes = matrix.depth * kPanel * 4;
+        const int64_t begin = panels * thread / team_.size(), end = panels * (thread + 1) / team_.size();
+        const char* at = static_cast<const char*>(matrix.packed) + begin * panel_bytes;
+        bytes = std::min(bytes, (end - begin) * panel_bytes);
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
     }
 
 public:
     // All panels and rows of a product, dealt out to the threads that call this.
-    static void deal(Team& team, Counter& counter, const StepKernels& kernels, const Product& product, int64_t rows) {
-        const int64_t columns = product.matrix.columns, panels = divide_up(columns, kPanel);
+    static void deal(Team& team, int64_t phase, int64_t thread, const StepKernels& kernels, const Product& product,
+                     int64_t rows) {
+        const int64_t panels = divide_up(product.matrix.columns, kPanel);
         if (rows <= kStreamRows) {
-            for (int64_t begin, end; counter.claim_some(panels, team.size(), begin, end);)
-                kernels.product(product, begin, end, 0, rows);
+            team.share(phase, thread, panels,
+                       [&](int64_t panel) { kernels.product(product, panel, panel + 1, 0, rows); });
             return;
         }
         const int64_t blocks = divide_up(rows, kBlockRows), parts = divide_up(panels, kBlockPanels);
-        for (int64_t piece; (piece = counter.claim(blocks * parts)) < blocks * parts;) {
+        team.share(phase, thread, blocks * parts, [&](int64_t piece) {
             const int64_t block = piece / parts, part = piece % parts;
             kernels.product(product, panels * part / parts, panels * (part + 1) / parts, rows * block / blocks,
                             rows * (block + 1) / blocks);
-        }
+        });
     }
 
 private:
     // hidden += left * matrix; over ranks first where there are several.
-    void add_to_hidden(int64_t& phase, Left left, const Matrix& matrix) {
-        if (!step_.reduce) return multiply(phase, left, matrix, End::kAdd, step_.hidden, nullptr, model_.hidden);
-        multiply(phase, left, matrix, End::kStore, partial_, nullptr, model_.hidden);
+    void add_to_hidden(int64_t thread, int64_t& phase, Left left, const Matrix& matrix) {
+        if (!step_.reduce) return multiply(thread, phase, left, matrix, End::kAdd, step_.hidden, nullptr, model_.hidden);
+        multiply(thread, phase, left, matrix, End::kStore, partial_, nullptr, model_.hidden);
         Counter& counter = team_.counter(phase++);
         if (counter.claim(1) == 0) step_.reduce(partial_, tokens_ * model_.hidden);
         team_.barrier();
@@ -344,7 +358,7 @@ int64_t Engine::head(const Model& model, const float* hidden, const int64_t* row
         std::fill_n(own, num_rows, Best{-std::numeric_limits<float>::infinity(), 0, 0.f});
         team_.barrier();
         const Product product{left, row_size, model.head, End::kBest, logits, nullptr, model.vocab, own};
-        Forward::deal(team_, team_.counter(1), kernels, product, num_rows);
+        Forward::deal(team_, 1, thread, kernels, product, num_rows);
     };
     team_.run(2, body);
     for (int64_t row = 0; row < num_rows; row++) {

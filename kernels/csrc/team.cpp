@@ -64,11 +64,12 @@ void Team::barrier() {
 }
 
 void Team::start(int64_t phases, Function function, void* context) {
-    if (phases > num_counters_) {
-        counters_.reset(new Counter[phases]);
-        num_counters_ = phases;
+    const int64_t counters = phases * size();
+    if (counters > num_counters_) {
+        counters_.reset(new Counter[counters]);
+        num_counters_ = counters;
     }
-    for (int64_t phase = 0; phase < phases; phase++) counters_[phase].reset();
+    for (int64_t counter = 0; counter < counters; counter++) counters_[counter].reset();
     function_ = function;
     context_ = context;
     if (!others_.empty()) started_.raise();

@@ -31,24 +31,30 @@ public:
 
     // The next piece, or `total` where none is left.
     int64_t claim(int64_t total) {
-        if (next_.load(std::memory_order_relaxed) >= total) return total;
-        const int64_t piece = next_.fetch_add(1, std::memory_order_relaxed);
+        if ((int64_t)next_.load(std::memory_order_relaxed) >= total) return total;
+        const int64_t piece = (int64_t)next_.fetch_add(1, std::memory_order_relaxed);
         return piece < total ? piece : total;
     }
 
-    // Several pieces, fewer the nearer the end, so that all threads end at about the same time.
-    bool claim_some(int64_t total, int64_t threads, int64_t& begin, int64_t& end) {
-        begin = next_.load(std::memory_order_relaxed);
-        do {
-            if (begin >= total) return false;
-            const int64_t some = (total - begin) / (2 * threads);
-            end = begin + (threads == 1 ? total - begin : some < 1 ? 1 : some);
-        } while (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
-        return true;
+    // Of a counter whose pieces are one thread's own: that thread takes them from the front, others from the back.
+    int64_t claim_own(int64_t total) { return claim_end(total, 1, [](uint64_t taken, int64_t) { return taken & kLow; }); }
+    int64_t steal(int64_t total) {
+        return claim_end(total, kLow + 1, [](uint64_t taken, int64_t all) { return all - 1 - (int64_t)(taken >> 32); });
     }
 
 private:
-    std::atomic<int64_t> next_{0};
+    static constexpr uint64_t kLow = 0xffffffff;
+
+    template <class Piece>
+    int64_t claim_end(int64_t total, uint64_t one, Piece piece) {
+        uint64_t taken = next_.load(std::memory_order_relaxed);
+        do {
+            if ((int64_t)((taken & kLow) + (taken >> 32)) >= total) return -1;
+        } while (!next_.compare_exchange_weak(taken, taken + one, std::memory_order_relaxed));
+        return (int64_t)piece(taken, total);
+    }
+
+    std::atomic<uint64_t> next_{0};  // of own pieces: taken from the front, and 32 bits higher from the back
 };
 
 class Team {
@@ -61,14 +67,32 @@ public:
 
     int64_t size() const { return (int64_t)others_.size() + 1; }
 
-    // Calls body(thread) on every thread of the team; 0 is the caller. `phases` counters are fresh. Not reentrant.
+    // Calls body(thread) on every thread of the team; 0 is the caller. `phases` phases have fresh counters. Not
+    // reentrant.
     template <class Body>
     void run(int64_t phases, Body& body) {
         start(phases, [](void* context, int64_t thread) { (*static_cast<Body*>(context))(thread); }, &body);
     }
 
     void barrier();
-    Counter& counter(int64_t phase) { return counters_[phase]; }
+
+    // The pieces of a phase that any thread takes next.
+    Counter& counter(int64_t phase) { return counters_[phase * size()]; }
+
+    // Calls body(piece) for pieces 0 .. total of a phase: each thread first its own share, in order and next to each
+    // other, so that what it reads streams; then what others have left, from their ends.
+    template <class Body>
+    void share(int64_t phase, int64_t thread, int64_t total, Body body) {
+        const int64_t threads = size();
+        Counter* const counters = &counters_[phase * threads];
+        const int64_t begin = total * thread / threads, count = total * (thread + 1) / threads - begin;
+        for (int64_t piece; (piece = counters[thread].claim_own(count)) >= 0;) body(begin + piece);
+        for (int64_t other = thread + 1; other < thread + threads; other++) {
+            const int64_t from = other % threads;
+            const int64_t first = total * from / threads, most = total * (from + 1) / threads - first;
+            for (int64_t piece; (piece = counters[from].steal(most)) >= 0;) body(first + piece);
+        }
+    }
 
 private:
     using Function = void (*)(void*, int64_t);
