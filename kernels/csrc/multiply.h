@@ -26,19 +26,14 @@ struct PairWords {
 };
 #endif
 
-// Element (i, k) of the left matrix is at[i * row + k * step].
-template <class Word>
-struct Left {
-    const Word* at;
-    int64_t row, step;
-};
-
 constexpr int kMultiplyRows = 6;
 constexpr int kMultiplyVectors = W == 16 ? 4 : 2;
 
-// c[i][j] = sum over k of a(i, k) * b[k][j], plus factor[i] * c[i][j] where `factor` is given.
+// Element (i, k) of the left matrix is a[i * a_row + k * a_step] (three arguments: a struct of them is passed through
+// memory, and read there before it is written). c[i][j] = sum over k of a(i, k) * b[k][j], plus factor[i] * c[i][j] where `factor` is given.
 template <class Words, int R, int NV, bool ADD>
-static void multiply(Left<typename Words::Word> a, const typename Words::Word* b, int64_t b_row, int64_t depth,
+static void multiply(const typename Words::Word* a, int64_t a_row, int64_t a_step,
+                     const typename Words::Word* b, int64_t b_row, int64_t depth,
                      float* c, int64_t c_row, const float* factor) {
     F total[R][NV];
 #pragma GCC unroll 8
@@ -51,7 +46,7 @@ static void multiply(Left<typename Words::Word> a, const typename Words::Word* b
         for (int j = 0; j < NV; j++) right[j] = Words::load_words(b + k * b_row + j * W);
 #pragma GCC unroll 8
         for (int i = 0; i < R; i++) {
-            const auto left = Words::spread(a.at[i * a.row + k * a.step]);
+            const auto left = Words::spread(a[i * a_row + k * a_step]);
 #pragma GCC unroll 4
             for (int j = 0; j < NV; j++) total[i][j] = Words::add(total[i][j], left, right[j]);
         }
@@ -63,31 +58,33 @@ static void multiply(Left<typename Words::Word> a, const typename Words::Word* b
 }
 
 template <class Words, int NV, bool ADD>
-static void multiply_rows(Left<typename Words::Word> a, int64_t rows, const typename Words::Word* b, int64_t b_row,
+static void multiply_rows(const typename Words::Word* a, int64_t a_row, int64_t a_step, int64_t rows,
+                         const typename Words::Word* b, int64_t b_row,
                           int64_t depth, float* c, int64_t c_row, const float* factor) {
     int64_t i = 0;
-    for (; i + kMultiplyRows <= rows; i += kMultiplyRows, a.at += kMultiplyRows * a.row)
-        multiply<Words, kMultiplyRows, NV, ADD>(a, b, b_row, depth, c + i * c_row, c_row, factor + (ADD ? i : 0));
+    for (; i + kMultiplyRows <= rows; i += kMultiplyRows, a += kMultiplyRows * a_row)
+        multiply<Words, kMultiplyRows, NV, ADD>(a, a_row, a_step, b, b_row, depth, c + i * c_row, c_row, factor + (ADD ? i : 0));
     c += i * c_row;
     if (ADD) factor += i;
     switch (rows - i) {
-        case 5: return multiply<Words, 5, NV, ADD>(a, b, b_row, depth, c, c_row, factor);
-        case 4: return multiply<Words, 4, NV, ADD>(a, b, b_row, depth, c, c_row, factor);
-        case 3: return multiply<Words, 3, NV, ADD>(a, b, b_row, depth, c, c_row, factor);
-        case 2: return multiply<Words, 2, NV, ADD>(a, b, b_row, depth, c, c_row, factor);
-        case 1: return multiply<Words, 1, NV, ADD>(a, b, b_row, depth, c, c_row, factor);
+        case 5: return multiply<Words, 5, NV, ADD>(a, a_row, a_step, b, b_row, depth, c, c_row, factor);
+        case 4: return multiply<Words, 4, NV, ADD>(a, a_row, a_step, b, b_row, depth, c, c_row, factor);
+        case 3: return multiply<Words, 3, NV, ADD>(a, a_row, a_step, b, b_row, depth, c, c_row, factor);
+        case 2: return multiply<Words, 2, NV, ADD>(a, a_row, a_step, b, b_row, depth, c, c_row, factor);
+        case 1: return multiply<Words, 1, NV, ADD>(a, a_row, a_step, b, b_row, depth, c, c_row, factor);
     }
 }
 
 // The same for any number of columns that is whole vectors.
 template <class Words, bool ADD>
-static void multiply_all(Left<typename Words::Word> a, int64_t rows, const typename Words::Word* b, int64_t b_row,
+static void multiply_all(const typename Words::Word* a, int64_t a_row, int64_t a_step, int64_t rows,
+                         const typename Words::Word* b, int64_t b_row,
                          int64_t columns, int64_t depth, float* c, int64_t c_row, const float* factor) {
     constexpr int64_t wide = kMultiplyVectors * W;
     int64_t j = 0;
     for (; j + wide <= columns; j += wide)
-        multiply_rows<Words, kMultiplyVectors, ADD>(a, rows, b + j, b_row, depth, c + j, c_row, factor);
-    for (; j < columns; j += W) multiply_rows<Words, 1, ADD>(a, rows, b + j, b_row, depth, c + j, c_row, factor);
+        multiply_rows<Words, kMultiplyVectors, ADD>(a, a_row, a_step, rows, b + j, b_row, depth, c + j, c_row, factor);
+    for (; j < columns; j += W) multiply_rows<Words, 1, ADD>(a, a_row, a_step, rows, b + j, b_row, depth, c + j, c_row, factor);
 }
 
 }  // namespace quire::QUIRE_LEVEL

@@ -22,7 +22,7 @@ namespace {
 constexpr int64_t kOwnRows = 8;       // up to so many rows each thread prepares its own left side of a product
 constexpr int64_t kStreamRows = 64;   // up to so many rows a product is dealt out by panels alone
 constexpr int64_t kBlockRows = 192;   // rows of a block otherwise: its left side stays in a core's own cache
-constexpr int64_t kBlockPanels = 8;
+constexpr int64_t kBlockPanels = 4;
 constexpr int64_t kRowsPerClaim = 8;
 constexpr int64_t kFetchIdle = 128 * 1024;
 constexpr int64_t kPhases = 10;       // of a layer, at most

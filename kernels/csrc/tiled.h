@@ -10,9 +10,10 @@
 
 namespace quire::QUIRE_LEVEL {
 
-constexpr int64_t kKeys = 256;                    // of a tile; even
+constexpr int64_t kKeys = 128;                    // of a tile; even
 constexpr int64_t kLanes = kMultiplyVectors * W;     // query rows of a group
 constexpr int64_t kMaxDim = 256;
+constexpr float kLog2E = 1.44269504f;
 static_assert(kTileRows % kLanes == 0);
 
 struct TiledScratch {  // 32 bits per element, whatever the word
@@ -147,14 +148,14 @@ private:
         while (scratch_.key_position[used_ - 1] > last) used_--;
         const bool masked = highest_ > first || (call_.window && last - lowest_ >= call_.window);
         const Word* q = (const Word*)scratch_.q + row * words_;
-        multiply_all<Words, false>(Left<Word>{(const Word*)scratch_.k, words_, 1}, used_, q, kLanes, vectors * W,
+        multiply_all<Words, false>((const Word*)scratch_.k, words_, 1, used_, q, kLanes, vectors * W,
                                    words_, scratch_.scores, kLanes, nullptr);
         for (int64_t v = 0; v < vectors; v++) {
             if (masked) hide(row + v * W, scratch_.scores + v * W);
             softmax(row + v * W, scratch_.scores + v * W);
         }
         const int64_t depth = (used_ + per_word - 1) / per_word;
-        multiply_all<Words, true>(Left<Word>{(const Word*)scratch_.scores, 1, kLanes}, lanes, (const Word*)scratch_.v,
+        multiply_all<Words, true>((const Word*)scratch_.scores, 1, kLanes, lanes, (const Word*)scratch_.v,
                                   dim_, dim_, depth, scratch_.out + row * dim_, dim_, scratch_.factor + row);
     }
 
@@ -176,10 +177,14 @@ private:
     // The running softmax of W query rows over the tile: scores become weights, `factor` what earlier sums count now.
     void softmax(int64_t row, float* scores) {
         const F scale = set1((float)call_.scale);
-        F best[2] = {set1(-kInf), set1(-kInf)};
-        for (int64_t n = 0; n < used_; n++) best[n & 1] = max(load(scores + n * kLanes), best[n & 1]);
+        F best[4] = {set1(-kInf), set1(-kInf), set1(-kInf), set1(-kInf)};
+        int64_t n = 0;
+        for (; n + 4 <= used_; n += 4)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) best[j] = max(load(scores + (n + j) * kLanes), best[j]);
+        for (; n < used_; n++) best[0] = max(load(scores + n * kLanes), best[0]);
         const F top = load(scratch_.top + row);
-        const F new_top = max(max(best[0], best[1]) * scale, top);
+        const F new_top = max(max(max(best[0], best[1]), max(best[2], best[3])) * scale, top);
         const F base = new_top == -kInf ? F{} : new_top;
         F added = weigh(scores, scale, base);
         const F factor = exp_neg(top - base);
@@ -187,6 +192,28 @@ private:
         store(scratch_.factor + row, factor);
         store(scratch_.total + row, load(scratch_.total + row) * factor + added);
     }
+
+#if defined(__AVX512BF16__)
+    // Takes [low 0..15, high 0..15] to [low 0, high 0, low 1, ...].
+    static __m512i pair_order() {
+        alignas(64) uint16_t order[2 * W];
+        for (int i = 0; i < W; i++) order[2 * i] = (uint16_t)i, order[2 * i + 1] = (uint16_t)(W + i);
+        return _mm512_load_si512(order);
+    }
+
+    // 2^x for x <= 0 to 3e-6: the weights are rounded to bfloat16. Exactly 0 for -inf; NaN stays NaN.
+    QUIRE_INLINE F exp2_neg(F x) {
+        const __m512 y = _mm512_max_ps(_mm512_set1_ps(-200.f), (__m512)x);  // the second operand where one is NaN
+        const __m512 n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const F r = (F)_mm512_sub_ps(y, n);
+        F p = set1(9.5699e-3f);  // fitted for the least largest error over [-0.5, 0.5]
+        p = p * r + 5.591738e-2f;
+        p = p * r + 2.4024745e-1f;
+        p = p * r + 6.9312188e-1f;
+        p = p * r + 9.9999926e-1f;
+        return (F)_mm512_scalef_ps((__m512)p, n);
+    }
+#endif
 
     QUIRE_INLINE F weigh_one(const float* score, F scale, F base) { return exp_neg(load(score) * scale - base); }
 
@@ -201,15 +228,18 @@ private:
         } else {
 #if defined(__AVX512BF16__)
             // In place: word row n/2 is written after rows n and n+1 were read.
+            const F scale2 = scale * kLog2E, base2 = base * kLog2E;
+            const __m512i pairs = pair_order();
+            F more = {};
             for (int64_t n = 0; n < used_; n += 2) {
-                const F low = weigh_one(scores + n * kLanes, scale, base);
-                const F high = n + 1 < used_ ? weigh_one(scores + (n + 1) * kLanes, scale, base) : F{};
-                added += low + high;
-                const __m512i low_bits = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)low));
-                const __m512i high_bits = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)high));
-                const __m512i pair = _mm512_or_si512(low_bits, _mm512_slli_epi32(high_bits, 16));
-                _mm512_storeu_si512(scores + n / 2 * kLanes, pair);
+                const F low = exp2_neg(load(scores + n * kLanes) * scale2 - base2);
+                const F high = n + 1 < used_ ? exp2_neg(load(scores + (n + 1) * kLanes) * scale2 - base2) : F{};
+                added += low;
+                more += high;
+                const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+                _mm512_storeu_si512(scores + n / 2 * kLanes, _mm512_permutexvar_epi16(pairs, both));
             }
+            added += more;
 #endif
         }
         return added;
@@ -220,8 +250,11 @@ private:
             const int64_t to = row / group_ * call_.q_heads + item_.head * group_ + row % group_;
             const float total = scratch_.total[row];
             const float inverse = total == 0.f ? 0.f : 1.f / total;
-            for (int64_t d = 0; d < call_.head_dim; d++)
-                item_.out[to * call_.head_dim + d] = scratch_.out[row * dim_ + d] * inverse;
+            float* const out = item_.out + to * call_.head_dim;
+            const float* const sums = scratch_.out + row * dim_;
+            int64_t d = 0;
+            for (; d + W <= call_.head_dim; d += W) store(out + d, load(sums + d) * inverse);
+            for (; d < call_.head_dim; d++) out[d] = sums[d] * inverse;
             item_.lse[to] = total == 0.f ? -kInf : scratch_.top[row] + __builtin_logf(total);
         }
     }
