@@ -35,11 +35,11 @@ constexpr int64_t kFetch = 2048;                           // bytes between a lo
 // sums[i][lane] for R rows of A, `a_row` words apart, and kPanelVectors vectors of a panel.
 template <class Words, int R>
 static void panel_rows(const typename Words::Word* a, int64_t a_row, const typename Words::Word* b, int64_t depth,
-                       float* sums) {
+                       const char* fetch, int64_t fetch_lines, float* sums) {
     F total[R][kPanelVectors] = {};
     for (int64_t k = 0; k < depth; k++) {
         const auto* row = b + k * kPanel;
-        for (int j = 0; j < kPanelVectors * W * 4; j += 64) __builtin_prefetch((const char*)row + kFetch + j);
+        for (int64_t line = 0; line < fetch_lines; line++, fetch += 64) __builtin_prefetch(fetch, 0, 2);
         decltype(Words::load_words(b)) right[kPanelVectors];
 #pragma GCC unroll 2
         for (int j = 0; j < kPanelVectors; j++) right[j] = Words::load_words(row + j * W);
@@ -59,10 +59,11 @@ static void panel_rows(const typename Words::Word* a, int64_t a_row, const typen
 // sums[i][lane] of a whole panel for `rows` rows, at most R.
 template <class Words, int R>
 static void panel_tile(int64_t rows, const typename Words::Word* a, int64_t a_row, const typename Words::Word* b,
-                       int64_t depth, float* sums) {
+                       int64_t depth, const char* fetch, int64_t fetch_lines, float* sums) {
     if constexpr (R > 0) {
-        if (rows < R) return panel_tile<Words, R - 1>(rows, a, a_row, b, depth, sums);
-        for (int j = 0; j < kPanel; j += kPanelVectors * W) panel_rows<Words, R>(a, a_row, b + j, depth, sums + j);
+        if (rows < R) return panel_tile<Words, R - 1>(rows, a, a_row, b, depth, fetch, fetch_lines, sums);
+        for (int j = 0; j < kPanel; j += kPanelVectors * W, fetch_lines = 0)
+            panel_rows<Words, R>(a, a_row, b + j, depth, fetch, fetch_lines, sums + j);
     }
 }
 
@@ -124,10 +125,14 @@ static void product(const Product& product, int64_t panel, int64_t panel_end, in
     const int64_t rows = row_end - row, tiles = (rows + kPanelRows - 1) / kPanelRows;
     for (; panel < panel_end; panel++) {
         const Word* b = (const Word*)product.matrix.packed + panel * product.matrix.depth * kPanel;
+        // A single tile asks for what it will read soon; of several, the second and third for the next panel.
+        const char* const next = (const char*)(b + product.matrix.depth * kPanel);
         for (int64_t tile = 0; tile < tiles; tile++) {
             const int64_t first = row + rows * tile / tiles, end = row + rows * (tile + 1) / tiles;
+            const char* fetch = tiles == 1 ? (const char*)b + kFetch : tile == 2 ? next + product.matrix.depth * 64 : next;
+            const int64_t lines = tiles <= 2 ? (tile + 1 == tiles ? 2 : 0) : tile == 1 || tile == 2 ? 1 : 0;
             panel_tile<Words, kPanelRows>(end - first, (const Word*)product.a + first * product.a_row, product.a_row,
-                                          b, product.matrix.depth, sums);
+                                          b, product.matrix.depth, fetch, lines, sums);
             for (int64_t i = first; i < end; i++) end_row<T>(product, i, panel, sums + (i - first) * kPanel);
         }
     }
