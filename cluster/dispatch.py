@@ -3,8 +3,10 @@
     start -> Place -> Submit on a shard --refused: it is full--> Place without it
                               |--the shard dies--> Place again, Submit from the outputs so far
 
-A request that has seen a shard die is on trial: on each shard only one such at a time is submitted until it has made a
-step there. So what kills shards is known by name after the second one, and fails; those beside it go on.
+A shard says which requests a step is the first to run, before it runs it. A death counts against those alone: what
+waited there, or was sent to a shard that was dead already, just moves on. A request that has seen a shard die is on
+trial: on each shard only one such at a time is submitted until it has made a step there. So what kills shards is known
+by name after the second one, and fails; those beside it go on.
 """
 
 from __future__ import annotations
@@ -109,6 +111,7 @@ class Dispatcher:
 
     def lost(self, runs: list[Run]) -> None:
         """Their shard is gone: all that is unfinished goes on elsewhere."""
+        alone = sum(run.begun for run in runs) == 1
         for run in runs:
             stream = run.stream
             if stream.placed is not run:
@@ -121,15 +124,16 @@ class Dispatcher:
                 stream.end_all(pb.FINISH_REASON_CANCELLED)
                 continue
             self._on_death()
-            stream.deaths += 1
             stream.refusers.clear()
             stream.refused_at = 0.0
-            blamed = not run.stepped or len(runs) == 1
-            if stream.deaths >= (POISON_DEATHS if blamed else self.limits.max_deaths):
-                text = f"poison: {stream.deaths} shards died while they ran this request; it is not run again"
-                stream.fail(RequestFailed(text))
-            else:
-                self._later(stream, {run.link.info.shard_id})
+            if run.begun:
+                stream.deaths += 1
+                blamed = not run.stepped or alone
+                if stream.deaths >= (POISON_DEATHS if blamed else self.limits.max_deaths):
+                    text = f"poison: {stream.deaths} shards died while they ran this request; it is not run again"
+                    stream.fail(RequestFailed(text))
+                    continue
+            self._later(stream, {run.link.info.shard_id})
 
     def refused(self, run: Run, error: ServiceError) -> None:
         """Full: somewhere else. No such parent: from the outputs. Else the request is at fault."""

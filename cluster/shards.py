@@ -36,7 +36,8 @@ class Run:
 
     Attributes:
         open: samples that the shard has not ended.
-        stepped: the shard has made a step with it.
+        begun: the shard has begun a step with it.
+        stepped: it has made one.
         proven: it has, or the run is over: nobody need wait to see.
         is_fork: of a sequence that the shard already has.
     """
@@ -45,6 +46,7 @@ class Run:
     handle: int
     stream: Stream
     open: set[int]
+    begun: bool = False
     stepped: bool = False
     proven: asyncio.Event = field(default_factory=asyncio.Event)
     is_fork: bool = False
@@ -118,6 +120,8 @@ class ShardLink:
         async for kind, payload in self._link.frames():
             if kind is Kind.TOKENS:
                 self._take(pb.Tokens.FromString(payload))
+            elif kind is Kind.BEGUN:
+                self._note(pb.Begun.FromString(payload))
             elif kind is Kind.REFUSED:
                 self._refuse(pb.Refused.FromString(payload))
 
@@ -144,10 +148,15 @@ class ShardLink:
             if run is not None:
                 self._push(run, delta, now)
 
+    def _note(self, begun: pb.Begun) -> None:
+        for handle in begun.handles if begun.epoch == self.info.epoch else ():
+            if (run := self.runs.get(handle)) is not None:
+                run.begun = True
+
     def _push(self, run: Run, delta: pb.Delta, now: float) -> None:
         stream = run.stream
         if not run.stepped:
-            run.stepped = True
+            run.begun = run.stepped = True
             run.proven.set()
         try:
             stop = stream.push(delta, now)

@@ -96,7 +96,7 @@ class Stream:
         failure: why the whole request ended, where it did.
         cancelled: somebody asked for its end.
         placed: the dispatcher's: where it runs.
-        deaths: the dispatcher's: shards that died under it.
+        deaths: the dispatcher's: shards that died while they ran it.
         refusers, refused_at: the dispatcher's: full shards that refused it, and when the first one did.
     """
 

@@ -45,6 +45,7 @@ class Kind(IntEnum):
     ANSWER = 18
     REGISTER = 19
     FENCE = 20
+    BEGUN = 21
 
 
 _KNOWN = frozenset(map(int, Kind))

@@ -74,7 +74,8 @@ class FakeShard:
     Attributes:
         frames: what fronts sent: (kind, message).
         refuse: by kind of frame, the code that it is refused with.
-        kills: whether taking this run up ends the process.
+        kills: whether running this one ends the process.
+        deaf: it is dead already, and its connection does not show it yet: nothing that is sent arrives.
     """
 
     shard_id: int
@@ -87,6 +88,7 @@ class FakeShard:
     runs: dict[int, FakeRun] = field(default_factory=dict)
     refuse: dict[Kind, str] = field(default_factory=dict)
     kills: Callable[[FakeRun], bool] | None = None
+    deaf: bool = False
     peers: list[Peer] = field(default_factory=list)
     address: str = ""
     _listener: Listener | None = None
@@ -177,6 +179,8 @@ class FakeShard:
     def _take(self, peer: Peer, kind: Kind, payload: bytes) -> None:
         types = {Kind.SUBMIT: pb.Submit, Kind.FORK: pb.Fork, Kind.CANCEL: pb.Cancel, Kind.FINISH: pb.Finish}
         message: Any = types[kind].FromString(payload)
+        if self.deaf:
+            return
         self.frames.append((kind, message))
         if kind in self.refuse:
             refused = pb.Refused(handle=message.handle, code=self.refuse[kind], message="the fake refuses")
@@ -206,6 +210,7 @@ class FakeShard:
         resumed = {each.sample: ints(each.outputs) for each in submit.samples}
         samples = resumed or {sample: list(outputs) for sample in range(params.n)}
         self.runs[handle] = run = FakeRun(peer, submit, samples, params.logprobs is not None)
+        peer.send(Kind.BEGUN, pb.Begun(epoch=self.epoch, handles=[handle]))
         if self.kills is not None and self.kills(run):
             for each in self.peers:
                 each.close()

@@ -28,7 +28,7 @@ from pagetable.sampling import Limits, Request, decode_params, validate_params
 from quire_pb.worker.v1 import worker_pb2 as pb
 from worker.events import Journal, page_load
 from worker.loop import Loop
-from worker.plan import TokenLogprobs
+from worker.plan import Plan, TokenLogprobs
 from worker.sequence import FinishReason, TokenOutput
 
 _log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 MAX_UNSENT_BYTES = 64 << 20  # a peer that reads so slowly is cut off
 HELLO_SECONDS = 5.0
 MAX_HELLO_BYTES = 1024
+SENT_SECONDS = 0.5
 IDLE_SECONDS, CHECK_SECONDS = 1.0, 60.0
 _FINISH = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -135,12 +136,13 @@ class ShardServer:
         self.num_bad_frames = 0
         self._limits = Limits(info.vocab_size, info.max_model_len, info.num_blocks * info.block_size)
         self._journal = Journal(loop.scheduler, info.epoch)
-        loop.on_plan = self._journal.record
+        loop.on_plan = self._planned
         self._inbox: deque[tuple[Connection, Kind | None, bytes]] = deque()
         self._wake = threading.Event()
         self._stopping = False
         self._clients: dict[int, _Client] = {}
         self._owners: dict[str, tuple[_Client, int]] = {}  # internal request id -> who asked, and its handle
+        self._begun: set[str] = set()  # of those, whom a plan named
         self._listener: _Client | None = None  # the scheduler
         self._numbers = iter(range(1 << 62))
         self._sockets: asyncio.AbstractEventLoop | None = None
@@ -224,6 +226,27 @@ class ShardServer:
         self._deliver(outputs)
         self._report()
 
+    def _planned(self, plan: Plan) -> None:
+        """A plan is about to run. Fronts hear of requests that it is the first to run, and have that on the wire before
+        it runs: it may be what ends this process."""
+        self._journal.record(plan)
+        if not plan.admits or not self._owners:
+            return
+        running = {sequence.sequence_id: sequence.request.request_id for sequence in self.loop.scheduler.running}
+        frames: dict[int, pb.Begun] = {}
+        for internal in dict.fromkeys(running[admit.sequence_id] for admit in plan.admits):
+            if internal in self._owners and internal not in self._begun:
+                self._begun.add(internal)
+                client, handle = self._owners[internal]
+                frame = frames.setdefault(client.connection.number, pb.Begun(epoch=self.info.epoch))
+                frame.handles.append(handle)
+        for number, frame in frames.items():
+            self._send(self._clients[number].connection, Kind.BEGUN, frame)
+        if frames:
+            sent = threading.Event()
+            self._call(sent.set)
+            sent.wait(SENT_SECONDS)
+
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         """One Tokens frame to each front that has something to hear."""
         frames: dict[int, pb.Tokens] = {}
@@ -263,6 +286,7 @@ class ShardServer:
         """Forget a request that has no unfinished sample."""
         if not self.loop.scheduler.is_in_flight(internal):
             client, handle = self._owners.pop(internal)
+            self._begun.discard(internal)
             client.requests.pop(handle, None)
             self._journal.forget(internal)
 
@@ -354,6 +378,7 @@ class ShardServer:
         for internal in list(client.requests.values()):
             self.loop.cancel(internal)
             self._owners.pop(internal, None)
+            self._begun.discard(internal)
             self._journal.forget(internal)
         self._report()
 

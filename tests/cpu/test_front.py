@@ -551,6 +551,54 @@ def test_what_kills_shards_fails_and_those_beside_it_go_on(folder: Path, run: Ru
     run(body())
 
 
+def test_a_shard_that_was_dead_already_counts_no_death(folder: Path, run: Run) -> None:
+    """Both shards die at once: the request moves from the first to the second, of whose death the front hears later."""
+
+    async def body() -> None:
+        shards = [FakeShard(index) for index in range(3)]
+        async with lab(folder, shards) as it:
+            one, two, three = shards
+            call = it.generate(PROMPT, max_tokens=6)
+            await until(lambda: one.runs)
+            one.step(2)
+            await call.read(), await call.read()
+            two.deaf = True
+            await one.die()
+            stream = next(iter(it.server.front._streams.values()))
+            await until(lambda: stream.placed is not None and stream.placed.link.info.shard_id == 1)
+            assert stream.deaths == 1
+            await two.die()
+            await until(lambda: three.runs)
+            assert stream.deaths == 1
+            three.step(6)
+            left = await asyncio.wait_for(_rest(call), SOON)
+            assert left == tokens(PROMPT, 6)[-len(left) :]
+
+    run(body())
+
+
+def test_what_waited_in_a_shard_that_died_is_not_blamed(folder: Path, run: Run) -> None:
+    async def body() -> None:
+        shards = [FakeShard(index) for index in range(5)]
+        async with lab(folder, shards) as it:
+            for shard in shards[:4]:
+                shard.deaf = True  # its steps never come to the request
+            call = it.generate(PROMPT, max_tokens=3)
+            for index, shard in enumerate(shards[:4]):
+                await until(
+                    lambda index=index: any(
+                        stream.placed is not None and stream.placed.link.info.shard_id == index
+                        for stream in it.server.front._streams.values()
+                    )
+                )
+                await shard.die()
+            await until(lambda: shards[4].runs)
+            shards[4].step(3)
+            assert (await hear(call)).tokens[0] == tokens(PROMPT, 3)
+
+    run(body())
+
+
 def test_one_request_that_fails_leaves_the_others(folder: Path, run: Run) -> None:
     async def body() -> None:
         async with lab(folder, [FakeShard(0)]) as it:

@@ -122,6 +122,7 @@ class Front:
         self.info = pb.ShardInfo()
         self.samples: dict[tuple[int, int], Sample] = {}
         self.refused: dict[int, pb.Refused] = {}
+        self.begun: list[int] = []
         self._news = asyncio.Event()
         self._reader = asyncio.create_task(self._read())
 
@@ -138,9 +139,14 @@ class Front:
             elif kind is Kind.REFUSED:
                 refused = pb.Refused.FromString(payload)
                 self.refused[refused.handle] = refused
+            elif kind is Kind.BEGUN:
+                for handle in pb.Begun.FromString(payload).handles:
+                    assert handle not in self.begun, "begun twice"
+                    self.begun.append(handle)
             else:
                 assert kind is Kind.TOKENS
                 for delta in pb.Tokens.FromString(payload).deltas:
+                    assert delta.handle in self.begun or not delta.HasField("token"), "a step before its announcement"
                     sample = self.samples.setdefault((delta.handle, delta.sample), Sample())
                     assert not sample.finish, "something behind the end"
                     if delta.HasField("token"):

@@ -159,6 +159,14 @@ class Fork(_message.Message):
     request: Submit
     def __init__(self, handle: _Optional[int] = ..., parent_handle: _Optional[int] = ..., parent_sample: _Optional[int] = ..., num_outputs: _Optional[int] = ..., request: _Optional[_Union[Submit, _Mapping]] = ...) -> None: ...
 
+class Begun(_message.Message):
+    __slots__ = ("epoch", "handles")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    HANDLES_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    handles: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, epoch: _Optional[int] = ..., handles: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class Tokens(_message.Message):
     __slots__ = ("step", "epoch", "deltas")
     STEP_FIELD_NUMBER: _ClassVar[int]
