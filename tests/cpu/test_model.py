@@ -158,9 +158,7 @@ def test_float32_logits_equal_those_of_transformers(
     sequences = prompts()
     expected = run_reference(folder, sequences)
     for chunks, block_size, num_blocks in ((WHOLE, 16, 64), (CHUNKS, 4, 192)):
-        found = run_all(
-            Rig.make(folder, block_size=block_size, num_blocks=num_blocks, kind=kind), sequences, chunks
-        )
+        found = run_all(Rig.make(folder, block_size=block_size, num_blocks=num_blocks, kind=kind), sequences, chunks)
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.shape == theirs.shape
             assert (ours - theirs).abs().max() < 1e-4

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -18,18 +14,13 @@ import grpc.aio
 import pytest
 
 from cluster.processes import environment
-from launch.config import EngineConfig
 from launch.llm import LLM
-from launch.local import LocalService
 from launch.models.tiny_llama import make_tiny_llama
-from launch.serve import make_plan
-from launch.serve_flags import ServeConfig
 from pagetable.sampling import SamplingParams
+from tests.local_service import LENGTH, SMALL, finish, prompts, run, running
 from tests.serving import SECONDS, Processes, Stream, children, files, is_alive, listeners, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-LENGTH = 700  # output tokens: long enough to be killed in the middle of
-SMALL = {"max_model_len": 1024, "num_gpu_blocks_override": 512, "max_num_seqs": 16, "threads": 1, "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -39,73 +30,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def prompts(count: int) -> list[list[int]]:
-    draw = random.Random(3)
-    return [[draw.randrange(8, 300) for _ in range(20 + 7 * index)] for index in range(count)]
-
-
 @pytest.fixture(scope="module")
 def expected(model: str) -> list[list[int]]:
     """What the engine in this process says to the first four prompts."""
     llm = LLM(model, **SMALL)
     params = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True)
     return [list(output.outputs[0].token_ids) for output in llm.generate(prompts(4), params)]
-
-
-@dataclass
-class Running:
-    service: LocalService
-    channel: grpc.aio.Channel
-    ports: dict[str, int]
-    notes: list[str]
-
-    def worker(self, index: int) -> int:
-        (pid,) = children(self.service.parts[f"keeper-{index}"].pid)
-        return pid
-
-    def streams(self, count: int = 4) -> list[Stream]:
-        return [Stream(self.channel, prompt, LENGTH) for prompt in prompts(count)]
-
-
-@asynccontextmanager
-async def running(model: str) -> AsyncIterator[Running]:
-    """A service of two shards. On the way out: stopped, and nothing of it is left."""
-    notes: list[str] = []
-    config = ServeConfig(port=0, ray=False, drain_seconds=0.0)
-    plan, _ = make_plan(config, EngineConfig(model, data_parallel_size=2, **SMALL))  # type: ignore[arg-type]
-    service = LocalService(plan, notes.append)
-    shm, pipes = set(os.listdir("/dev/shm")), files(os.getpid(), "pipe:")
-    processes = Processes(os.getpid())
-    before = set(processes.look())
-    await service.start()
-    watch = asyncio.create_task(service.watch())
-    ports = {"grpc": plan.front["port"], "metrics": plan.front["metrics_port"], "scheduler": plan.scheduler_port}
-    try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{ports['grpc']}") as channel:
-            yield Running(service, channel, ports, notes)
-    finally:
-        processes.look()
-        watch.cancel()
-        await asyncio.gather(watch, return_exceptions=True)
-        await service.stop()
-    processes.known = {each for each in processes.known if each[0] not in before}
-    await until(lambda: not processes.left())
-    assert set(os.listdir("/dev/shm")) <= shm
-    assert files(os.getpid(), "pipe:") <= pipes
-
-
-def run(scenario: Coroutine[None, None, None]) -> None:
-    asyncio.run(scenario)
-
-
-async def finish(streams: list[Stream], expected: list[list[int]]) -> None:
-    """Every stream ends well and with exactly the tokens of an undisturbed run."""
-    async with asyncio.timeout(SECONDS):
-        await asyncio.gather(*(stream.task for stream in streams))
-    for stream, tokens in zip(streams, expected, strict=True):
-        assert stream.failure is None, stream.details
-        assert stream.tokens == tokens
-        assert stream.finished is not None
 
 
 def test_two_shards_say_what_the_engine_says_and_listen_on_loopback_only(model: str, expected: list[list[int]]) -> None:

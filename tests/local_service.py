@@ -1,0 +1,100 @@
+"""A service of two shards without Ray, its processes children of the test, and what its streams must say."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+
+from launch.client import AsyncClient
+from launch.config import EngineConfig
+from launch.local import LocalService
+from launch.serve import make_plan
+from launch.serve_flags import ServeConfig
+from tests.serving import SECONDS, Processes, Stream, children, files, until
+
+LENGTH = 700  # output tokens: long enough to be killed in the middle of
+SMALL: dict[str, Any] = {
+    "max_model_len": 1024,
+    "num_gpu_blocks_override": 512,
+    "max_num_seqs": 16,
+    "threads": 1,
+    "dtype": "float32",
+}
+
+
+def prompts(count: int) -> list[list[int]]:
+    draw = random.Random(3)
+    return [[draw.randrange(8, 300) for _ in range(20 + 7 * index)] for index in range(count)]
+
+
+@dataclass
+class Running:
+    service: LocalService
+    channel: grpc.aio.Channel
+    ports: dict[str, int]
+    notes: list[str]
+
+    def worker(self, index: int) -> int:
+        (pid,) = children(self.service.parts[f"keeper-{index}"].pid)
+        return pid
+
+    async def comes_to_rest(self) -> None:
+        """No sequence and no used page is left."""
+        client = AsyncClient(f"127.0.0.1:{self.ports['grpc']}")
+        try:
+            async with asyncio.timeout(SECONDS):
+                while (await client.page_map()).sequences or any(each.used_blocks for each in await client.loads()):
+                    await asyncio.sleep(0.05)
+        finally:
+            await client.close()
+
+    def streams(self, count: int = 4) -> list[Stream]:
+        return [Stream(self.channel, prompt, LENGTH) for prompt in prompts(count)]
+
+
+@asynccontextmanager
+async def running(model: str, **fields: Any) -> AsyncIterator[Running]:
+    """A service of two shards; `fields` are the engine's. On the way out: stopped, and nothing of it is left."""
+    notes: list[str] = []
+    config = ServeConfig(port=0, ray=False, drain_seconds=0.0)
+    plan, _ = make_plan(config, EngineConfig(model, data_parallel_size=2, **{**SMALL, **fields}))
+    service = LocalService(plan, notes.append)
+    shm, pipes = set(os.listdir("/dev/shm")), files(os.getpid(), "pipe:")
+    processes = Processes(os.getpid())
+    before = set(processes.look())
+    await service.start()
+    watch = asyncio.create_task(service.watch())
+    ports = {"grpc": plan.front["port"], "metrics": plan.front["metrics_port"], "scheduler": plan.scheduler_port}
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{ports['grpc']}") as channel:
+            yield Running(service, channel, ports, notes)
+    finally:
+        processes.look()
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+        await service.stop()
+    processes.known = {each for each in processes.known if each[0] not in before}
+    await until(lambda: not processes.left())
+    assert set(os.listdir("/dev/shm")) <= shm
+    assert files(os.getpid(), "pipe:") <= pipes
+
+
+def run(scenario: Coroutine[None, None, None]) -> None:
+    asyncio.run(scenario)
+
+
+async def finish(streams: list[Stream], expected: list[list[int]]) -> None:
+    """Every stream ends well and with exactly the tokens of an undisturbed run."""
+    async with asyncio.timeout(SECONDS):
+        await asyncio.gather(*(stream.task for stream in streams))
+    for stream, tokens in zip(streams, expected, strict=True):
+        assert stream.failure is None, stream.details
+        assert stream.tokens == tokens
+        assert stream.finished is not None
