@@ -205,18 +205,25 @@ class ClusterFigures(Collector):
             ),
             "output_tokens": CounterMetricFamily("quire_output_tokens", "Generated tokens", labels=["shard"]),
         }
+        parts = CounterMetricFamily(
+            "quire_step_part_seconds", "Time in parts of steps: schedule, run, retire", labels=["shard", "part"]
+        )
         for shard_id, load in self._loads.items():
             label = [str(shard_id)]
+            for part in ("schedule", "run", "retire"):
+                parts.add_metric([*label, part], getattr(load, f"{part}_seconds"))
             running.add_metric(label, load.running)
             waiting.add_metric(label, load.waiting)
             steps.add_metric(label, load.steps, load.busy_seconds)
             for name, counter in counters.items():
                 counter.add_metric(label, getattr(load, name))
-        yield from (running, waiting, steps, *counters.values())
+        yield from (running, waiting, steps, parts, *counters.values())
 
     def _refcounts(self) -> Metric:
         family = HistogramMetricFamily("quire_refcount_hist", "Sequences per page in use", labels=["device"])
-        for device, users in sorted(self._users.items()):
+        devices = {device for shard, info in self._infos.items() if shard in self._loads for device in info.device_ids}
+        for device in sorted(devices | self._users.keys()):
+            users: Mapping[int, int] = self._users.get(device, {})
             counts = [0] * (len(_USERS) + 1)
             for number, pages in users.items():
                 counts[bisect_left(_USERS, number)] += pages

@@ -53,7 +53,10 @@ def main() -> int:
 
 def _build(settings: dict[str, Any]) -> Any:
 
+    import torch
+
     from worker.config import ShardConfig
+    from worker.kv_cache import PagedKVCache
     from worker.model_config import ModelConfig
     from worker.server import ShardServer
     from worker.shard import build_loop, page_identity
@@ -84,6 +87,7 @@ def _build(settings: dict[str, Any]) -> Any:
         device_ids=[settings["device_id"]],
         model=settings["model"],
         eos_token_ids=array("i", model.eos_token_ids).tobytes(),
+        block_bytes=PagedKVCache.bytes_per_block(model, config.block_size, getattr(torch, settings["dtype"])),
     )
     return ShardServer(loop, info, bytes.fromhex(settings["secret"]))
 

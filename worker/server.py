@@ -276,6 +276,8 @@ class ShardServer:
         scheduler = self.loop.scheduler
         load = page_load(scheduler.pool)
         load.MergeFrom(self._totals)
+        load.schedule_seconds, load.run_seconds = self.loop.schedule_seconds, self.loop.run_seconds
+        load.retire_seconds = self.loop.retire_seconds
         load.running, load.waiting = len(scheduler.running), len(scheduler.waiting)
         load.preemptions = scheduler.num_preemptions
         events = self._journal.take(load)

@@ -114,10 +114,14 @@ def test_the_seeds_seven_have_names_and_device_labels() -> None:
 def test_shards_have_queues_steps_and_counters() -> None:
     registry, found = figures()
     told = load(2, running=3, waiting=4, steps=10, busy_seconds=0.5, preemptions=6, prompt_tokens=70, output_tokens=80)
+    told.schedule_seconds, told.run_seconds, told.retire_seconds = 0.125, 0.25, 0.0625
     found.take_loads([info(2, 2)], [told], now=1.0)
     got = values(shown(registry))
     assert got["quire_sequences_running{shard=2}"] == 3 and got["quire_sequences_waiting{shard=2}"] == 4
     assert (got["quire_step_seconds_count{shard=2}"], got["quire_step_seconds_sum{shard=2}"]) == (10, 0.5)
+    parts = [got[f"quire_step_part_seconds_total{{part={part},shard=2}}"] for part in ("schedule", "run", "retire")]
+    assert parts == [0.125, 0.25, 0.0625]
+    assert got["quire_refcount_hist_count{device=2}"] == 0
     assert got["quire_preemptions_total{shard=2}"] == 6
     assert got["quire_prompt_tokens_total{shard=2}"] == 70 and got["quire_output_tokens_total{shard=2}"] == 80
     assert got["quire_prefix_hit_tokens_total{shard=2}"] == 0

@@ -37,6 +37,7 @@ from worker.shard import build_loop
 SECRET = bytes(range(32))
 PATIENCE = 60.0
 VOCAB = 331
+BLOCK_BYTES = 2 * 2 * 4 * 8 * 32 * 4  # K and V, layers, kv heads, tokens, head_dim, float32
 SHARD = {"num_blocks": 96, "block_size": 8, "max_model_len": 512, "max_num_seqs": 12, "max_num_batched_tokens": 128}
 LIMITS = Limits(VOCAB, 512, 96 * 8)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, seed=1)
@@ -274,6 +275,7 @@ def test_the_shard_says_what_it_is(shard: pb.ShardInfo) -> None:
         assert (info.shard_id, info.epoch, list(info.device_ids), info.model) == (2, 77, [4], "toy")
         assert (info.block_size, info.num_blocks, info.max_model_len, info.vocab_size) == (8, 96, 512, VOCAB)
         assert array("i", info.eos_token_ids).tolist() == [1] and len(info.identity) == 32
+        assert info.block_bytes == BLOCK_BYTES
 
     on(shard, body)
 

@@ -46,7 +46,7 @@ class Shard(_message.Message):
     def __init__(self, shard_id: _Optional[int] = ..., epoch: _Optional[int] = ..., condition: _Optional[_Union[Condition, str]] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., device_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("shard_id", "epoch", "free_blocks", "cached_blocks", "used_blocks", "running", "waiting", "steps", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "allocations", "evictions", "busy_seconds", "last_step_seconds")
+    __slots__ = ("shard_id", "epoch", "free_blocks", "cached_blocks", "used_blocks", "running", "waiting", "steps", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "allocations", "evictions", "busy_seconds", "last_step_seconds", "schedule_seconds", "run_seconds", "retire_seconds")
     SHARD_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +63,9 @@ class Load(_message.Message):
     EVICTIONS_FIELD_NUMBER: _ClassVar[int]
     BUSY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RUN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RETIRE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     shard_id: int
     epoch: int
     free_blocks: int
@@ -79,7 +82,10 @@ class Load(_message.Message):
     evictions: int
     busy_seconds: float
     last_step_seconds: float
-    def __init__(self, shard_id: _Optional[int] = ..., epoch: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., allocations: _Optional[int] = ..., evictions: _Optional[int] = ..., busy_seconds: _Optional[float] = ..., last_step_seconds: _Optional[float] = ...) -> None: ...
+    schedule_seconds: float
+    run_seconds: float
+    retire_seconds: float
+    def __init__(self, shard_id: _Optional[int] = ..., epoch: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., allocations: _Optional[int] = ..., evictions: _Optional[int] = ..., busy_seconds: _Optional[float] = ..., last_step_seconds: _Optional[float] = ..., schedule_seconds: _Optional[float] = ..., run_seconds: _Optional[float] = ..., retire_seconds: _Optional[float] = ...) -> None: ...
 
 class GetClusterRequest(_message.Message):
     __slots__ = ()

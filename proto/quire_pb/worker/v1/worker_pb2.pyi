@@ -272,7 +272,7 @@ class Started(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., request_id: _Optional[str] = ..., owner: _Optional[str] = ..., sample: _Optional[int] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("free_blocks", "cached_blocks", "used_blocks", "running", "waiting", "steps", "preemptions", "output_tokens", "prompt_tokens", "cached_tokens", "allocations", "evictions", "busy_seconds", "last_step_seconds")
+    __slots__ = ("free_blocks", "cached_blocks", "used_blocks", "running", "waiting", "steps", "preemptions", "output_tokens", "prompt_tokens", "cached_tokens", "allocations", "evictions", "busy_seconds", "last_step_seconds", "schedule_seconds", "run_seconds", "retire_seconds")
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     USED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -287,6 +287,9 @@ class Load(_message.Message):
     EVICTIONS_FIELD_NUMBER: _ClassVar[int]
     BUSY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RUN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RETIRE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     free_blocks: int
     cached_blocks: int
     used_blocks: int
@@ -301,7 +304,10 @@ class Load(_message.Message):
     evictions: int
     busy_seconds: float
     last_step_seconds: float
-    def __init__(self, free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., output_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., allocations: _Optional[int] = ..., evictions: _Optional[int] = ..., busy_seconds: _Optional[float] = ..., last_step_seconds: _Optional[float] = ...) -> None: ...
+    schedule_seconds: float
+    run_seconds: float
+    retire_seconds: float
+    def __init__(self, free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., output_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., allocations: _Optional[int] = ..., evictions: _Optional[int] = ..., busy_seconds: _Optional[float] = ..., last_step_seconds: _Optional[float] = ..., schedule_seconds: _Optional[float] = ..., run_seconds: _Optional[float] = ..., retire_seconds: _Optional[float] = ...) -> None: ...
 
 class Ping(_message.Message):
     __slots__ = ("number",)
