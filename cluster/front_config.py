@@ -79,6 +79,8 @@ class FrontConfig:
         seed: from it, requests that bring no seed get theirs in the order of their arrival; None draws each.
         metrics_compat: "vllm" adds vLLM's names.
         drain_seconds: how long running streams may go on after the end has begun.
+        admin_socket: absolute path of a Unix socket for this user's own calls; None has none.
+        service_pid: of the process that started the service, where it is on this machine.
     """
 
     host: str = "127.0.0.1"
@@ -95,6 +97,8 @@ class FrontConfig:
     metrics_compat: str | None = None
     seed: int | None = None
     drain_seconds: float = 30.0
+    admin_socket: str | None = None
+    service_pid: int = 0
     limits: FrontLimits = FrontLimits()
 
     def __post_init__(self) -> None:

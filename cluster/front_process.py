@@ -22,11 +22,12 @@ async def main(settings: Mapping[str, Any], say: Say) -> int:
 
     Args:
         settings: see FrontConfig; the secret in hex.
-        say: told ready={"port", "metrics_port"} once it listens, draining={"seconds"} when the end begins.
+        say: told ready={"port", "metrics_port"} once it listens, draining={"seconds"} when the end begins, and stop={}
+            when somebody asks for the whole service's end on the admin socket.
 
     Raises ConfigError and ModelError where it can't be.
     """
-    server = FrontServer(FrontConfig.from_settings(settings))
+    server = FrontServer(FrontConfig.from_settings(settings), lambda: say(stop={}))
     try:
         port, metrics_port = await server.start()
         say(ready={"port": port, "metrics_port": metrics_port})

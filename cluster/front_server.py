@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+from collections.abc import Callable
 from concurrent.futures import CancelledError as FutureCancelled
 
 import grpc
@@ -14,6 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
+from cluster.admin import AdminSocket
 from cluster.auth import ApiKeys, Gate
 from cluster.dispatch import Dispatcher
 from cluster.endpoint import Door, service_handlers
@@ -69,7 +71,8 @@ class FrontServer:
         ConfigError: where the settings would listen openly, or keys or a tokenizer can't be read (ModelError).
     """
 
-    def __init__(self, config: FrontConfig) -> None:
+    def __init__(self, config: FrontConfig, stop: Callable[[], None] = lambda: None) -> None:
+        """`stop` is called when somebody asks for the service's end on the admin socket."""
         self.config = config
         keys = ApiKeys.from_file(config.api_keys) if config.api_keys is not None else None
         gate, registry = Gate(keys), CollectorRegistry()
@@ -88,10 +91,14 @@ class FrontServer:
         self._tasks: list[asyncio.Task[None]] = []
         self._loop = asyncio.get_running_loop()
         self._server = self._make_server(gate)
+        path = config.admin_socket
+        self._admin = AdminSocket(path, self.front, stop, config.service_pid) if path is not None else None
 
     async def start(self) -> tuple[int, int]:
         """Listen; (port, metrics port). Raises ConfigError where a port is taken."""
         port = self._bind()
+        if self._admin is not None:
+            await self._admin.start()
         metrics_port = self._metrics.start(self.config.metrics_host, self.config.metrics_port)
         await self._set_health(False)
         self.dispatcher.begin()
@@ -110,6 +117,8 @@ class FrontServer:
     async def stop(self) -> None:
         """End what runs, and everything else."""
         await self._server.stop(STOP_SECONDS)
+        if self._admin is not None:
+            await self._admin.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -60,8 +60,11 @@ class RayService:
         self._group: PlacementGroup | None = None
         self._reaper = Reaper()
         self._stopping = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.asked_to_stop = asyncio.Event()
 
     async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
         await self._call(self._connect)
         await self._call(self._place)
         await self._call(self._await_ready)
@@ -198,6 +201,8 @@ class RayService:
                 if self._breakers[name].trips():
                     raise RequestFailed(f"the {name} ended {MAX_DEATHS} times in a minute")
             for number, said in status["events"]:
+                if number > last and "stop" in said and self._loop is not None:
+                    self._loop.call_soon_threadsafe(self.asked_to_stop.set)
                 text = describe_event(said)
                 if number > last and text is not None:
                     self._note(text)

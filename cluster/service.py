@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -53,7 +54,13 @@ class ServicePlan:
 
 
 class Service(Protocol):
-    """A service's life. `start`, `watch` (both may be cancelled), `stop`."""
+    """A service's life. `start`, `watch` (both may be cancelled), `stop`.
+
+    Attributes:
+        asked_to_stop: somebody asked for its end on the admin socket.
+    """
+
+    asked_to_stop: asyncio.Event
 
     async def start(self) -> None:
         """Returns once requests are served. Raises QuireError where that can't be; `stop` is due all the same."""

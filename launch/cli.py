@@ -20,7 +20,7 @@ from launch.config import SETTINGS
 from launch.flags import Effective, Parser, UsageError, add_engine_flags, add_sampling_flags, effective, flag_of
 from launch.machine import sleep_while_waiting
 from launch.remote import add_server_flags
-from launch.serve_flags import add_serve_flags
+from launch.serve_flags import DEFAULT_PORT, add_serve_flags
 from pagetable.errors import ConfigError, QuireError
 from quire import __version__
 
@@ -32,6 +32,7 @@ _REMOTE = {
     "status": "what each shard of a service is and does",
     "pages": "which pages its sequences hold, as (device_id, block_id)",
     "devices": "its pools of blocks",
+    "stop": "end a service of this machine: what runs may finish",
 }
 _GENERATE = """\
 Runs a batch and prints its results in the order of the requests. A line of --prompts is a JSON object with one of
@@ -142,7 +143,12 @@ def build_parser() -> Parser:
         command = commands.add_parser(name, usage=f"quire {name} [FLAG ...]", help=text, description=text)
         if name == "pages":
             command.add_argument("request_id", nargs="?", metavar="REQUEST", help="only this request's")
-        add_server_flags(command, required=True)
+        if name == "stop":
+            command.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"of gRPC; default: {DEFAULT_PORT}")
+            command.add_argument("--admin-socket", metavar="PATH", help="where the service was given one")
+        else:
+            add_server_flags(command, required=True)
+            command.add_argument("--admin-socket", metavar="PATH", help="instead of --server: no key, all tenants")
         command.set_defaults(run=_remote, parser=command)
     return parser
 

@@ -76,6 +76,7 @@ class AsyncClient:
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._memory = memory_pb2_grpc.MemoryServiceStub(self._channel)
         self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)
+        self._admin = cluster_pb2_grpc.AdminServiceStub(self._channel)
 
     async def close(self) -> None:
         await self._channel.close()
@@ -154,6 +155,10 @@ class AsyncClient:
     async def loads(self) -> list[Any]:
         return list((await self._call(self._cluster.GetLoads, cluster_pb2.GetLoadsRequest())).loads)
 
+    async def stop_service(self) -> int:
+        """End the whole service; on its admin socket only. The pid of what ends last, or 0."""
+        return int((await self._call(self._admin.Stop, cluster_pb2.StopRequest())).pid)
+
     async def _call(self, method: Any, request: Any) -> Any:
         try:
             return await method(request, metadata=self._metadata, timeout=30)
@@ -228,6 +233,9 @@ class Client:
 
     def loads(self) -> list[Any]:
         return self._run(self._client.loads())
+
+    def stop_service(self) -> int:
+        return self._run(self._client.stop_service())
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

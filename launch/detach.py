@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ def detach(argv: Sequence[str]) -> int:
         child.wait()
         raise
     print(ready, flush=True)
-    print(f"quire: runs as process {child.pid}; stop it with: kill {child.pid}", file=sys.stderr)
+    print(f"quire: runs as process {child.pid}; stop it with: {_how(log)}", file=sys.stderr)
     print(f"quire: what it says goes to {log}", file=sys.stderr)
     return 0
 
@@ -51,6 +52,11 @@ def _await_ready(child: subprocess.Popen[bytes], log: Path) -> str:
             said = next((line for line in reversed(lines) if line.startswith("quire: error: ")), "it does not say why")
             raise RequestFailed(said.removeprefix("quire: error: "))
         time.sleep(_POLL_SECONDS)
+
+
+def _how(log: Path) -> str:
+    found = re.search(r"to end the service: (.+)", log.read_text(encoding="utf-8", errors="replace"))
+    return found[1] if found else "quire stop"
 
 
 def _log_file() -> Path:

@@ -31,7 +31,8 @@ class LocalService:
         parts = {"scheduler": _Part("scheduler", plan.scheduler_settings())}
         for index in range(len(plan.workers)):
             parts[f"keeper-{index}"] = _Part("keeper", plan.keeper_settings(index), self._hear)
-        parts["front"] = _Part("front", plan.front_settings())
+        parts["front"] = _Part("front", plan.front_settings(), self._hear)
+        self.asked_to_stop = asyncio.Event()
         self.parts = parts
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -73,6 +74,8 @@ class LocalService:
         self.parts["front"].kill()
 
     def _hear(self, said: Mapping[str, Any]) -> None:
+        if "stop" in said:
+            self.asked_to_stop.set()
         text = describe_event(said)
         if text is not None:
             self._note(text)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from launch.client import Client
 
 _CONDITIONS = {1: "ready", 2: "draining", 3: "dead"}
+_POLL_SECONDS = 0.05
 _RUN = 3  # so many consecutive blocks are written as a range
 
 
@@ -31,6 +34,8 @@ def open_client(found: argparse.Namespace) -> Client:
     """Raises ConfigError where a file cannot be read."""
     from launch.client import connect
 
+    if getattr(found, "admin_socket", None) is not None:
+        return connect(_socket_name(found.admin_socket))
     key = None
     try:
         if found.api_key_file is not None:
@@ -90,6 +95,37 @@ def pages(found: argparse.Namespace) -> int:
     if saved:
         print(f"{len(users)} pages are shared (*): {saved} pages saved")
     return 0
+
+
+def stop(found: argparse.Namespace) -> int:
+    """End a service and wait until it is gone."""
+    from cluster.admin import default_path
+    from launch.client import connect
+
+    path = found.admin_socket or str(default_path(found.port))
+    with connect(_socket_name(path)) as client:
+        pid = client.stop_service()
+    while pid and _runs(pid):
+        time.sleep(_POLL_SECONDS)
+    return 0
+
+
+def _socket_name(path: str) -> str:
+    """As gRPC writes it. Raises ConfigError where no service of this user listens."""
+    path = os.path.abspath(path)
+    if not os.path.exists(path):
+        raise ConfigError("--admin-socket", path, "be there: no service of yours has it", "`quire serve` says its path")
+    return f"unix:{path}"
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # the number is somebody else's by now
+        return False
+    return True
 
 
 def page_lines(sequences: Sequence[Any], users: dict[tuple[int, int], int]) -> list[str]:

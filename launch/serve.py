@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cluster.admin import default_path
 from cluster.ray_token import RayToken
 from cluster.service import Service, ServicePlan
 from launch.config import EngineConfig, show_size
@@ -79,6 +80,8 @@ def make_plan(config: ServeConfig, engine: EngineConfig) -> tuple[ServicePlan, l
         "port": port,
         "metrics_port": choose_port("--metrics-port", "127.0.0.1", metrics),
         "metrics_compat": config.metrics_compat,
+        "service_pid": os.getpid() if config.address is None else 0,
+        "admin_socket": os.path.abspath(config.admin_socket or default_path(port)),
         "folder": str(folder),
         "model": name,
         "api_keys": config.api_keys and os.path.abspath(config.api_keys),
@@ -166,7 +169,9 @@ async def _live(service: Service, plan: ServicePlan) -> None:
             starting.result()
             _announce(plan)
             watching = asyncio.create_task(service.watch(), name="watch")
-            await asyncio.wait([watching, signalled], return_when=asyncio.FIRST_COMPLETED)
+            asked = asyncio.create_task(service.asked_to_stop.wait(), name="asked")
+            await asyncio.wait([watching, signalled, asked], return_when=asyncio.FIRST_COMPLETED)
+            await _ended(asked)
             if not await _ended(watching):
                 watching.result()
     finally:
@@ -194,6 +199,7 @@ def _announce(plan: ServicePlan) -> None:
     host = f"[{front['host']}]" if ":" in front["host"] else front["host"]
     reach = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
     _note(f"metrics on http://127.0.0.1:{front['metrics_port']}/metrics")
+    _note(f"admin socket {front['admin_socket']}; to end the service: quire stop --port {front['port']}")
     paste = f'quire generate --server {reach}:{front["port"]} --prompt "{_EXAMPLE}"'
     print(f"ready on {host}:{front['port']}: {paste}", flush=True)
 

@@ -25,6 +25,7 @@ class ServeConfig:
         metrics_port: None is the port after `port`; 0 is any free port.
         address: of a running Ray cluster to join; None starts one on this machine.
         ray: False starts the processes without Ray.
+        admin_socket: path of the Unix socket for `quire stop` and its like; None takes one by the port.
         drain_seconds: how long running streams may go on after SIGTERM.
     """
 
@@ -40,6 +41,7 @@ class ServeConfig:
     tls_key: str | None = None
     tls_client_ca: str | None = None
     insecure: bool = False
+    admin_socket: str | None = None
     drain_seconds: float = 30.0
 
     def __post_init__(self) -> None:
@@ -102,6 +104,7 @@ def add_serve_flags(parser: Parser) -> None:
     group.add_argument("--tls-key", metavar="FILE", help="its private key, PEM")
     group.add_argument("--tls-client-ca", metavar="FILE", help="clients must have a certificate of this authority")
     group.add_argument("--insecure", action="store_true", help="allow an open listener without keys and TLS")
+    group.add_argument("--admin-socket", metavar="PATH", help="Unix socket for this user; default: one by the port")
     group.add_argument(
         "--drain-seconds",
         type=float,

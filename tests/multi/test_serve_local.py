@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -261,13 +262,16 @@ def test_detach_returns_once_ready_and_says_how_to_stop(model: str, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ready on 127.0.0.1:")
     first, second = done.stderr.splitlines()
-    pid = int(first.rpartition("kill ")[2])
+    found = re.fullmatch(r"quire: runs as process (\d+); stop it with: quire (stop --port \d+)", first)
+    assert found is not None
+    pid = int(found[1])
     (log,) = (tmp_path / "quire").iterdir()
     assert second == f"quire: what it says goes to {log}"
     assert log.stat().st_mode & 0o777 == 0o600
     processes = Processes(pid)
     assert is_alive(pid)
-    os.kill(pid, signal.SIGTERM)
+    stop = [sys.executable, "-P", "-m", "launch.cli", *found[2].split()]
+    assert subprocess.run(stop, env=env, timeout=SECONDS).returncode == 0
     run(until(lambda: not is_alive(pid)))
     assert processes.left() == []
 

@@ -246,7 +246,14 @@ def test_the_services() -> None:
         }
     }
     assert methods(memory_pb2) == {"MemoryService": {"GetPageMap": False, "GetSequencePages": False}}
-    assert methods(cluster_pb2) == {"ClusterService": {"GetCluster": False, "GetLoads": False}}
+    assert methods(cluster_pb2) == {
+        "AdminService": {"Stop": False},
+        "ClusterService": {"GetCluster": False, "GetLoads": False},
+    }
+    assert methods(cluster_pb2) == {
+        "AdminService": {"Stop": False},
+        "ClusterService": {"GetCluster": False, "GetLoads": False},
+    }
     assert methods(worker_pb2) == {}
     assert not (STUBS / "worker" / "v1" / "worker_pb2_grpc.py").exists()
 

@@ -87,6 +87,16 @@ class Load(_message.Message):
     retire_seconds: float
     def __init__(self, shard_id: _Optional[int] = ..., epoch: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., allocations: _Optional[int] = ..., evictions: _Optional[int] = ..., busy_seconds: _Optional[float] = ..., last_step_seconds: _Optional[float] = ..., schedule_seconds: _Optional[float] = ..., run_seconds: _Optional[float] = ..., retire_seconds: _Optional[float] = ...) -> None: ...
 
+class StopRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StopResponse(_message.Message):
+    __slots__ = ("pid",)
+    PID_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    def __init__(self, pid: _Optional[int] = ...) -> None: ...
+
 class GetClusterRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -144,3 +144,79 @@ class ClusterService(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class AdminServiceStub(object):
+    """Served on the admin socket only, never on a port.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Stop = channel.unary_unary(
+                '/quire.cluster.v1.AdminService/Stop',
+                request_serializer=quire_dot_cluster_dot_v1_dot_cluster__pb2.StopRequest.SerializeToString,
+                response_deserializer=quire_dot_cluster_dot_v1_dot_cluster__pb2.StopResponse.FromString,
+                _registered_method=True)
+
+
+class AdminServiceServicer(object):
+    """Served on the admin socket only, never on a port.
+    """
+
+    def Stop(self, request, context):
+        """Ends the whole service as SIGTERM does: what runs may finish, for as long as the service was told at its start.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AdminServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Stop': grpc.unary_unary_rpc_method_handler(
+                    servicer.Stop,
+                    request_deserializer=quire_dot_cluster_dot_v1_dot_cluster__pb2.StopRequest.FromString,
+                    response_serializer=quire_dot_cluster_dot_v1_dot_cluster__pb2.StopResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'quire.cluster.v1.AdminService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('quire.cluster.v1.AdminService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class AdminService(object):
+    """Served on the admin socket only, never on a port.
+    """
+
+    @staticmethod
+    def Stop(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.cluster.v1.AdminService/Stop',
+            quire_dot_cluster_dot_v1_dot_cluster__pb2.StopRequest.SerializeToString,
+            quire_dot_cluster_dot_v1_dot_cluster__pb2.StopResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
