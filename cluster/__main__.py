@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeAlias
 
+from cluster.processes import new_event_loop
 from pagetable.errors import QuireError
 
 PARTS = ("scheduler", "keeper", "front")
@@ -38,7 +39,8 @@ def main(arguments: list[str]) -> int:
     if not isinstance(settings, dict):
         return 1
     try:
-        return asyncio.run(_serve(_part(arguments[0]), settings))
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            return runner.run(_serve(_part(arguments[0]), settings))
     except QuireError as error:
         _say(failed={"code": error.code, "message": str(error)})
     except OSError as error:

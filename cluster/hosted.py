@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
 
-from cluster.processes import package_homes
+from cluster.processes import new_event_loop, package_homes
 from pagetable.errors import QuireError
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Hosted:
         self._events: deque[tuple[int, dict[str, Any]]] = deque(maxlen=1000)
         self._numbers = count(1)
         self._status: int | None = None
-        self._loop = asyncio.new_event_loop()
+        self._loop = new_event_loop()
         self._task: asyncio.Task[int] | None = None
         self._thread = threading.Thread(target=self._run, args=(settings,), name="part", daemon=True)
         self._thread.start()

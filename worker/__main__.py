@@ -30,6 +30,7 @@ _PR_SET_PDEATHSIG = 1
 def main() -> int:
     """Serve until stdin ends or SIGTERM comes; 1 where the model could not be loaded."""
     _die_with_parent()
+    sys.setswitchinterval(0.0005)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the keeper, which drains first
     logging.basicConfig(format="%(asctime)s worker %(process)d %(message)s", level=logging.WARNING)
     settings = json.loads(sys.stdin.readline() or "null")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import compare, scheduler
+from benchmarks import compare, scheduler, service
 from benchmarks.models import SHAPES, model_folder
 from benchmarks.roofline import Cost, Work, work
 from launch.bench import Case
@@ -217,3 +217,12 @@ def test_the_steady_state_is_what_the_case_says() -> None:
     assert shard.scheduler.num_waiting == 4 and len(shard.scheduler.running) == 3
     assert [s.num_computed - s.prompt_length for s in shard.scheduler.running] == [11, 11, 11]
     shard.scheduler.check()
+
+
+def test_the_service_beside_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--streams", "3", "--longest", "8", "--pairs", "1", "--firsts", "1", "--threads", "1", "--json"]
+    assert service.main(few) == 0
+    (line,) = lines(capsys.readouterr().out)
+    assert line["tokens"] == sum(each["max_tokens"] for each in service.requests(3, 8))
+    assert set(line["service_cpu"]) == {"client", "scheduler", "keeper", "front", "worker"}
+    assert line["ratio"] > 0 and line["first_over_grpc_ms"] > 0

@@ -577,6 +577,31 @@ def test_a_shard_that_was_dead_already_counts_no_death(folder: Path, run: Run) -
     run(body())
 
 
+def test_among_many_streams_tokens_gather_but_first_ones_and_ends_do_not_wait(
+    folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("PACED_STREAMS", 1), ("PACE_SECONDS", 1e6), ("MAX_PACE_SECONDS", 1e6)):
+        monkeypatch.setattr(f"cluster.front.{name}", value)
+
+    async def body() -> None:
+        async with lab(folder, [FakeShard(0)]) as it:
+            (shard,) = it.shards
+            call = it.generate(PROMPT, max_tokens=6)
+            await until(lambda: shard.runs)
+            assert (await call.read()).WhichOneof("event") == "accepted"
+            shard.step()
+            assert list((await call.read()).delta.token_ids) == tokens(PROMPT, 6)[:1]
+            shard.step(3)
+            stream = next(iter(it.server.front._streams.values()))
+            await until(lambda: len(stream.samples[0].outputs) == 4)
+            assert stream.samples[0].sent == 1
+            shard.step(2)
+            assert list((await call.read()).delta.token_ids) == tokens(PROMPT, 6)[1:]
+            assert (await call.read()).WhichOneof("event") == "finished"
+
+    run(body())
+
+
 def test_what_waited_in_a_shard_that_died_is_not_blamed(folder: Path, run: Run) -> None:
     async def body() -> None:
         shards = [FakeShard(index) for index in range(5)]

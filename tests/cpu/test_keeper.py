@@ -286,8 +286,9 @@ def test_a_folder_of_the_same_name_does_not_replace_ours(tmp_path: Path) -> None
             child = await Child.start(command("worker"), {"folder": "nowhere"}, environment())
         finally:
             os.chdir(here)
-        # ours starts and finds that a setting is missing; theirs would exit before that with another status
-        assert [line async for line in child.lines()] == []
+        # ours starts and finds no model; theirs would exit before that with another status
+        (line,) = [line async for line in child.lines()]
+        assert "'nowhere' is no folder" in line["failed"]["message"]
         assert await child.wait() == 1
 
     asyncio.run(run())

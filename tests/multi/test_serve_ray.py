@@ -19,7 +19,7 @@ from cluster.processes import environment
 from launch.llm import LLM
 from launch.models.tiny_llama import make_tiny_llama
 from pagetable.sampling import SamplingParams
-from tests.serving import SECONDS, Processes, Stream, command_line, until
+from tests.serving import SECONDS, Processes, Stream, command_line, listeners, until
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"), pytest.mark.timeout(600)]
 LENGTH = 700
@@ -95,7 +95,39 @@ def test_a_cluster_that_is_not_there_is_refused_and_not_waited_for(tmp_path: Pat
     )
 
 
+def _check_listeners(port: int, processes: Processes) -> None:
+    """docs/serving.md, "What listens where": ours on loopback, one port of Ray's own in each actor, and Ray's parts."""
+    inside: dict[str, list[int]] = {}
+    outside: dict[str, int] = {}
+    for pid in processes.look():
+        name = _name(pid)
+        for address, each in listeners(pid):
+            if address == "127.0.0.1":
+                inside.setdefault(name, []).append(each)
+            else:
+                outside[name] = outside.get(name, 0) + 1
+    assert {name: len(ports) for name, ports in inside.items()} == {"front": 2, "scheduler": 1, "worker": 2}
+    assert port in inside["front"]
+    actors = {"front": 1, "scheduler": 1, "keeper": 2}
+    assert {name: count for name, count in outside.items() if name in actors} == actors
+    ray = {"gcs_server", "raylet", "RuntimeEnvAgent", "DashboardAgent", "monitor.py", "dashboard.py", "log_monitor.py"}
+    assert outside.keys() - actors.keys() <= ray, outside
+
+
+def _name(pid: int) -> str:
+    line = command_line(pid)
+    for mark, name in (("ray::FrontActor", "front"), ("ray::SchedulerActor", "scheduler"), ("-m worker", "worker")):
+        if mark in line:
+            return name
+    if line.startswith("ray::DeviceActor"):
+        return "keeper"
+    if line.startswith("ray::"):
+        return line.split()[0].removeprefix("ray::").partition(".")[0]
+    return next((Path(word).name for word in line.split() if word.endswith((".py", "gcs_server", "raylet"))), line)
+
+
 async def _use(port: int, processes: Processes, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    _check_listeners(port, processes)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         streams = [Stream(channel, prompt, LENGTH) for prompt in prompts]
         for stream in streams:
