@@ -39,7 +39,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("page_block", "page_position", "out", "lse")),
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_rows", "num_pools", "num_entries")),
         *((name, ctypes.c_int64) for name in ("q_heads", "kv_heads", "head_dim", "block_size")),
-        *((name, ctypes.c_int64) for name in ("window", "sinks", "is_bf16", "level", "threads")),
+        *((name, ctypes.c_int64) for name in ("window", "sinks", "is_bf16", "level", "threads", "deterministic")),
         ("scale", ctypes.c_double),
     ]
 
@@ -175,6 +175,7 @@ class Native:
             int(q_THD.dtype == torch.bfloat16),
             self.level,
             torch.get_num_threads(),
+            0,
             scale,
         )
         message = ctypes.create_string_buffer(MESSAGE_BYTES)

@@ -67,7 +67,7 @@ class _Step(ctypes.Structure):
         *((name, _ADDRESS) for name in ("page_start", "page_block", "page_position", "windows", "num_entries")),
         *((name, _ADDRESS) for name in ("pool", "hidden")),
         *((name, _INT) for name in ("layer_stride", "block_stride", "num_blocks", "block_size")),
-        *((name, _INT) for name in ("num_tokens", "num_rows", "num_windows")),
+        *((name, _INT) for name in ("num_tokens", "num_rows", "num_windows", "deterministic")),
         ("reduce", _ADDRESS),
     ]
 
@@ -186,6 +186,8 @@ class NativeDecoder:
         frequencies: torch.Tensor,
         backend: cpu.Native,
         threads: int,
+        *,
+        deterministic: bool = False,
     ) -> None:
         """Begin a decoder; layers and head follow by `add_layers` and `set_head`.
 
@@ -195,9 +197,11 @@ class NativeDecoder:
             norm: float32 [hidden], of the last norm.
             frequencies: float64 [head_dim / 2].
             threads: that work on a step, the caller's included.
+            deterministic: sum every row in one order, whatever the batch, the chunk and the number of threads.
         """
         library = cpu.library(_SIGNATURES)
         self._library, self._shape, self._dtype, self._threads = library, shape, dtype, threads
+        self._deterministic = deterministic
         self._keep: list[object] = []
         self._layers: list[_Layer] = []
         self._model = _Model(
@@ -286,6 +290,7 @@ class NativeDecoder:
             len(tokens),
             len(query_start) - 1,
             count,
+            int(self._deterministic),
             None,
         )
         message = ctypes.create_string_buffer(cpu.MESSAGE_BYTES)

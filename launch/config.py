@@ -165,6 +165,7 @@ class EngineConfig:
     max_num_batched_tokens: int = setting(2048, "int", "tokens of one step", low=1, high=1 << 20)
     max_num_partial_prefills: int = setting(8, "int", "prompts that prefill in chunks at once", low=1, high=1024)
     enable_prefix_caching: bool = setting(True, "bool", "share the pages of equal prefixes")
+    deterministic: bool = setting(False, "bool", "equal bits whatever the batch, the chunks and the threads; slower")
     dtype: str = setting(
         "auto", "choice", "of weights and pages; auto is the model's own", choices=("auto", "float32", "bfloat16")
     )

@@ -67,6 +67,7 @@ class MemoryPlan:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_partial_prefills=config.max_num_partial_prefills,
             enable_prefix_caching=config.enable_prefix_caching,
+            deterministic=config.deterministic,
         )
         return cls(dtype, weights, block, num_blocks, length, clamped, shard)
 

@@ -17,6 +17,8 @@ class ShardConfig:
         max_num_seqs: sequences that hold pages at the same time.
         max_num_batched_tokens: query tokens of one step; running decodes come first, prefill chunks share the rest.
         max_num_partial_prefills: prompts that may be computed in part at the same time.
+        deterministic: a token's logits depend on its sequence alone, bit for bit: not on the batch, on how prompts are
+            cut into chunks, or on the number of threads.
         max_waiting: requests in the queue; one more is refused.
         max_pool_share: what one sequence may hold of the pool while others wait for pages (never binds on the oldest).
         max_preemptions: after so many a sequence comes back only when it cannot be preempted again.
@@ -29,6 +31,7 @@ class ShardConfig:
     max_num_batched_tokens: int = 2048
     max_num_partial_prefills: int = 8
     enable_prefix_caching: bool = True
+    deterministic: bool = False
     max_waiting: int = 16384
     max_pool_share: float = 0.5
     max_preemptions: int = 3

@@ -29,12 +29,15 @@ class NativeModel:
         backend: Native,
         threads: int,
         progress: Progress | None = None,
+        *,
+        deterministic: bool = False,
     ) -> None:
         """Pack the weights, layer by layer, in `dtype`; their files are not held in memory afterwards.
 
         Args:
             dtype: float32 or bfloat16.
             threads: that work on a step, the caller's included.
+            deterministic: a token's logits depend on its sequence alone, bit for bit.
             progress: called with the bytes done and the bytes in all, as stored.
 
         Errors: ModelError where a tensor is missing, unknown, or of another shape or kind than config.json says.
@@ -55,7 +58,9 @@ class NativeModel:
             windows=self.windows,
         )
         norm = reader.take("model.norm.weight").to(torch.float32)
-        self._decoder = NativeDecoder(shape, dtype, embedding, norm, frequencies, backend, threads)
+        self._decoder = NativeDecoder(
+            shape, dtype, embedding, norm, frequencies, backend, threads, deterministic=deterministic
+        )
         for layer in range(config.num_layers):
             self._decoder.add_layer(_layer(config, reader, layer))
             weights.release()

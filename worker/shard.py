@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from kernels import ops
+from kernels import cpu, ops
 from kernels.cpu import Native
 from pagetable.allocator import BlockAllocator
+from pagetable.errors import ConfigError
 from pagetable.ids import DeviceId
 from pagetable.page import PagePool
 from worker.config import ShardConfig
@@ -43,7 +44,7 @@ def build_loop(
         progress: called with (bytes done, bytes in all) while weights load.
     """
     kind: torch.dtype = getattr(torch, dtype)
-    decoder = build_model(model, open_weights(folder), kind, threads, progress)
+    decoder = build_model(model, open_weights(folder), kind, threads, progress, deterministic=config.deterministic)
     cache = PagedKVCache(model, config.num_blocks, config.block_size, kind)
     tables = TableMirror(config.max_num_seqs, -(-config.max_model_len // config.block_size), config.block_size)
     runner = Runner(decoder, cache, tables, Sampler(model.vocab_size, config.max_num_seqs))
@@ -52,13 +53,24 @@ def build_loop(
 
 
 def build_model(
-    config: ModelConfig, weights: Weights, dtype: torch.dtype, threads: int, progress: Progress | None = None
+    config: ModelConfig,
+    weights: Weights,
+    dtype: torch.dtype,
+    threads: int,
+    progress: Progress | None = None,
+    *,
+    deterministic: bool = False,
 ) -> Decoder | NativeModel:
-    """The native decoder where the process's kernels are native, else torch's on the reference kernels."""
+    """The native decoder where the process's kernels are native, else torch's on the reference kernels.
+
+    Errors: ConfigError where `deterministic` is asked of torch, which cannot promise it.
+    """
     backend = ops.default_backend()
     if isinstance(backend, Native):
         torch.set_num_threads(1)  # two teams of threads would fight for the cores
-        return NativeModel(config, weights, dtype, backend, threads, progress)
+        return NativeModel(config, weights, dtype, backend, threads, progress, deterministic=deterministic)
+    if deterministic:
+        raise ConfigError("deterministic", True, "stand with the native kernels", f"{cpu.CURE}, or leave it out")
     torch.set_num_threads(threads)
     return Decoder(config, weights, dtype, progress)
 

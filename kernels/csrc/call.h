@@ -29,6 +29,7 @@ struct Call {
     int64_t q_heads, kv_heads, head_dim, block_size;
     int64_t window, sinks;
     int64_t is_bf16, level, threads;
+    int64_t is_deterministic;  // every row is summed in one order, whatever chunk it comes in
     double scale;
 };
 

@@ -10,6 +10,7 @@ constexpr int64_t kDirectParts = 64;   // most parts, which bounds the memory of
 constexpr int64_t kTiledKeys = 4096;   // the same for tiled rows, of which only short ones are cut
 constexpr int64_t kTiledParts = 16;
 constexpr int64_t kTiledCutRows = 256;
+constexpr int64_t kFixedKeys = 4096;   // of a part where every row is cut alike; a multiple of a tile and of a page
 
 int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
@@ -21,7 +22,7 @@ public:
         std::vector<int64_t> streamed;
         for (int64_t row = 0; row < call_.num_rows; row++) {
             const int64_t tokens = call_.query_start[row + 1] - call_.query_start[row];
-            if (tokens * group_ >= kDirectRows)
+            if (tokens * group_ >= kDirectRows || (call_.is_deterministic && tokens > 0))
                 add_tiled(row, tokens);
             else if (tokens > 0)
                 streamed.push_back(row);
@@ -57,16 +58,32 @@ private:
         return item;
     }
 
+    // Where each part of a row begins that is cut at multiples of kFixedKeys positions.
+    std::vector<int64_t> fixed_cuts(int64_t row) const {
+        std::vector<int64_t> cuts;
+        for (int64_t entry = call_.page_start[row]; entry < call_.page_start[row + 1]; entry++)
+            if (cuts.empty() || call_.page_position[entry] / kFixedKeys != call_.page_position[entry - 1] / kFixedKeys)
+                cuts.push_back(entry);
+        if (cuts.empty()) cuts.push_back(call_.page_start[row]);
+        cuts.push_back(call_.page_start[row + 1]);
+        return cuts;
+    }
+
     // Calls body(item) once for each of `parts` cuts of the row's entries.
     template <class Body>
     void by_parts(int64_t row, int64_t parts, Body body) {
         const Item whole = item_of(row);
         const int64_t entries = num_entries(row);
+        std::vector<int64_t> cuts;
+        if (call_.is_deterministic) {
+            cuts = fixed_cuts(row);
+            parts = (int64_t)cuts.size() - 1;
+        }
         if (parts > 1) plan_.merges.push_back({whole.token, whole.num_tokens, num_part_tokens_, parts});
         for (int64_t part = 0; part < parts; part++) {
             Item item = whole;
-            item.entry = whole.entry + entries * part / parts;
-            item.entry_end = whole.entry + entries * (part + 1) / parts;
+            item.entry = cuts.empty() ? whole.entry + entries * part / parts : cuts[part];
+            item.entry_end = cuts.empty() ? whole.entry + entries * (part + 1) / parts : cuts[part + 1];
             part_token_ = parts > 1 ? num_part_tokens_ + part * whole.num_tokens : -1;
             body(item);
         }

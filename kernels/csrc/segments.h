@@ -21,13 +21,13 @@ public:
           last_query_(item.position + item.num_tokens - 1),
           row_bytes_(call.head_dim * (call.is_bf16 ? 2 : 4)) {}
 
-    // The next run, of at most `room` keys; false at the end.
-    bool next(Segment& segment, int64_t room) {
+    // The next run, of at most `room` keys, and not beyond a position that is a multiple of `cut`; false at the end.
+    bool next(Segment& segment, int64_t room, int64_t cut = INT64_MAX) {
         while (begin_ >= stop_) {
             if (!next_run()) return false;
         }
         segment.position = begin_;
-        segment.count = lesser(room, stop_ - begin_);
+        segment.count = lesser(lesser(room, stop_ - begin_), cut - begin_ % cut);
         segment.k = page_ + (begin_ - page_position_) * row_bytes_;
         begin_ += segment.count;
         return true;

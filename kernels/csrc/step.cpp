@@ -161,6 +161,7 @@ private:
         call.is_bf16 = model_.is_bf16;
         call.level = model_.level;
         call.threads = team_.size();
+        call.is_deterministic = step_.is_deterministic;
         call.scale = 1.0 / std::sqrt((double)model_.head_dim);
         return call;
     }

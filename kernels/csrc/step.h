@@ -104,6 +104,7 @@ struct Step {
     float* hidden;  // [tokens][hidden]: the residual stream
     int64_t layer_stride, block_stride, num_blocks, block_size;
     int64_t num_tokens, num_rows, num_windows;
+    int64_t is_deterministic;
     Reduce reduce;  // null: one rank
 };
 

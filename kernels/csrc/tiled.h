@@ -49,12 +49,15 @@ public:
         load_queries();
         Segments source(call_, item_);
         Segment segment;
-        bool more = source.next(segment, kKeys);
+        // A tile is of keys whose positions have the same quotient by kKeys, so that a row's sums are cut where its keys
+        // are, whatever the other rows of the item see.
+        bool more = source.next(segment, kKeys, kKeys);
         while (more) {
             num_keys_ = 0;
-            while (more && num_keys_ + segment.count <= kKeys) {
+            const int64_t tile = segment.position / kKeys;
+            while (more && segment.position / kKeys == tile && num_keys_ + segment.count <= kKeys) {
                 add_segment(segment);
-                more = source.next(segment, num_keys_ < kKeys ? kKeys - num_keys_ : kKeys);
+                more = source.next(segment, num_keys_ < kKeys ? kKeys - num_keys_ : kKeys, kKeys);
             }
             gather();
             for (int64_t row = 0; row < rows_; row += kLanes) attend_group(row);
