@@ -3,7 +3,6 @@
 // The time is that of reading memory, so the order of reading decides: all kv heads of a page before the next page (long
 // runs), keys of a tile and then its values, and what comes two steps later is prefetched line by line meanwhile.
 #pragma once
-#include "pairs.h"
 #include "segments.h"
 
 namespace quire::QUIRE_LEVEL {
@@ -17,7 +16,6 @@ template <class T>
 struct Floats {
     using Query = float;
     static constexpr int step = W;
-    static constexpr bool pairs = false;
     static constexpr bool allows(int64_t) { return true; }
     QUIRE_INLINE F load_key(const T* k) { return load(k); }
     QUIRE_INLINE F add(F total, const float* q, F k) { return total + load(q) * k; }
@@ -27,8 +25,12 @@ struct Floats {
 // Products of bfloat16 pairs, added up in float32.
 struct Pairs {
     using Query = bf16;
-    static constexpr bool pairs = true;
-    static constexpr bool allows(int64_t dim) { return dim % (2 * W) == 0; }
+    static constexpr int step = 2 * W;
+    static constexpr bool allows(int64_t dim) { return dim % step == 0; }
+    QUIRE_INLINE __m512i load_key(const bf16* k) { return _mm512_loadu_si512(k); }
+    QUIRE_INLINE F add(F total, const bf16* q, __m512i k) {
+        return (F)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_loadu_si512(q), (__m512bh)k);
+    }
 };
 #endif
 
@@ -159,7 +161,6 @@ struct DirectScratch {  // dimensions padded to whole vectors
     alignas(64) float q[rows * dim];
     alignas(64) float out[rows * dim];
     alignas(64) float scores[rows * kStream];
-    alignas(64) uint16_t weights[rows * kStream];  // scores as bfloat16, for products of pairs
     alignas(64) float widened[kStream * dim];
     float top[rows], total[rows];
     Stream streams[2];
@@ -189,14 +190,9 @@ public:
             keys(*now, *later);
             for (int64_t head = 0; head < item_.num_heads; head++) {
                 if (item_.num_tokens > 1) hide(*now, head);
-                for (int64_t row = head * rows_; row < (head + 1) * rows_; row++) {
+                for (int64_t row = head * rows_; row < (head + 1) * rows_; row++)
                     softmax(scratch_.scores + row * kStream, now->num_keys, (float)call_.scale, dim_,
                             scratch_.out + row * dim_, scratch_.top[row], scratch_.total[row]);
-#if defined(__AVX512BF16__)
-                    if constexpr (Dot::pairs)
-                        round_weights(scratch_.scores + row * kStream, now->num_keys, scratch_.weights + row * kStream);
-#endif
-                }
             }
             values(*now, *later);
             Stream* const swap = now;
@@ -264,12 +260,7 @@ private:
                     const int64_t row = head * rows_ + r;
                     float* scores = scratch_.scores + row * kStream + first;
                     const char* fetch = r ? nullptr : next;
-#if defined(__AVX512BF16__)
-                    if constexpr (Dot::pairs)
-                        score_pairs<R.value>(k, count, q + row * dim_, dim_, scores, kStream, fetch);
-                    else
-#endif
-                        if (dim_ == call_.head_dim)
+                    if (dim_ == call_.head_dim)
                         score_rows<Dot, R.value>(k, count, q + row * dim_, dim_, scores, fetch);
                     else
                         score_rows<Floats<float>, R.value>(widen(k, count, r), count, scratch_.q + row * dim_, dim_,
@@ -292,13 +283,7 @@ private:
                     const float* p = scratch_.scores + row * kStream + first;
                     float* out = scratch_.out + row * dim_;
                     const char* fetch = r ? nullptr : next;
-#if defined(__AVX512BF16__)
-                    if constexpr (Dot::pairs)
-                        weigh_all_pairs<R.value>(v, count, scratch_.weights + row * kStream + first, kStream, dim_, out,
-                                                 fetch);
-                    else
-#endif
-                        if (dim_ == call_.head_dim)
+                    if (dim_ == call_.head_dim)
                         weigh_rows<R.value>(v, count, p, dim_, out, fetch);
                     else
                         weigh_rows<R.value>((const float*)widen(v, count, r), count, p, dim_, out, fetch);

@@ -13,6 +13,7 @@ namespace quire::QUIRE_LEVEL {
 constexpr int64_t kKeys = 128;                    // of a tile; even
 constexpr int64_t kLanes = kMultiplyVectors * W;     // query rows of a group
 constexpr int64_t kMaxDim = 256;
+constexpr int32_t kNowhere = INT32_MAX;  // later than all queries: hidden from them
 constexpr float kLog2E = 1.44269504f;
 static_assert(kTileRows % kLanes == 0);
 
@@ -49,13 +50,14 @@ public:
         load_queries();
         Segments source(call_, item_);
         Segment segment;
-        // A tile is of keys whose positions have the same quotient by kKeys, so that a row's sums are cut where its keys
-        // are, whatever the other rows of the item see.
+        // A tile is of keys whose positions have the same quotient by kKeys, and keys at even positions stand first in
+        // their pairs: so a row's sums are cut where its keys are, whatever the other rows of the item see.
         bool more = source.next(segment, kKeys, kKeys);
         while (more) {
             num_keys_ = 0;
+            has_holes_ = false;
             const int64_t tile = segment.position / kKeys;
-            while (more && segment.position / kKeys == tile && num_keys_ + segment.count <= kKeys) {
+            while (more && segment.position / kKeys == tile && num_keys_ + hole(segment) + segment.count <= kKeys) {
                 add_segment(segment);
                 more = source.next(segment, num_keys_ < kKeys ? kKeys - num_keys_ : kKeys, kKeys);
             }
@@ -96,7 +98,15 @@ private:
         for (int64_t i = 0; i < kKeys * dim_; i++) scratch_.v[i] = 0;  // the padding stays so
     }
 
+    // Whether a key that nobody sees must stand before the segment.
+    int64_t hole(const Segment& segment) const { return per_word == 2 ? (segment.position ^ num_keys_) & 1 : 0; }
+
     void add_segment(const Segment& segment) {
+        if (hole(segment)) {
+            scratch_.key_at[num_keys_] = nullptr;
+            scratch_.key_position[num_keys_++] = kNowhere;
+            has_holes_ = true;
+        }
         for (int64_t n = 0; n < segment.count; n++, num_keys_++) {
             scratch_.key_at[num_keys_] =
                 segment.k + item_.head * head_bytes_ + n * call_.head_dim * (int64_t)sizeof(T);
@@ -104,13 +114,21 @@ private:
         }
     }
 
-    const T* key(int64_t n) const { return (const T*)scratch_.key_at[n]; }
-    const T* value(int64_t n) const { return (const T*)(scratch_.key_at[n] + value_bytes_); }
+    const T* key(int64_t n) const { return scratch_.key_at[n] ? (const T*)scratch_.key_at[n] : zeros(); }
+    const T* value(int64_t n) const {
+        return scratch_.key_at[n] ? (const T*)(scratch_.key_at[n] + value_bytes_) : zeros();
+    }
+    static const T* zeros() {
+        alignas(64) static const T row[kMaxDim] = {};
+        return row;
+    }
 
     void gather() {
-        lowest_ = highest_ = scratch_.key_position[0];
+        lowest_ = kNowhere;
+        highest_ = 0;
         for (int64_t n = 0; n < num_keys_; n++) {
             copy_key((Word*)scratch_.k + n * words_, key(n));
+            if (scratch_.key_position[n] == kNowhere) continue;
             lowest_ = lesser(lowest_, scratch_.key_position[n]);
             highest_ = greater(highest_, scratch_.key_position[n]);
         }
@@ -149,7 +167,7 @@ private:
         if (call_.window && first - highest_ >= call_.window && lowest_ >= call_.sinks) return;
         used_ = num_keys_;  // keys above the diagonal at the tile's end are left out
         while (scratch_.key_position[used_ - 1] > last) used_--;
-        const bool masked = highest_ > first || (call_.window && last - lowest_ >= call_.window);
+        const bool masked = has_holes_ || highest_ > first || (call_.window && last - lowest_ >= call_.window);
         const Word* q = (const Word*)scratch_.q + row * words_;
         multiply_all<Words, false>((const Word*)scratch_.k, words_, 1, used_, q, kLanes, vectors * W,
                                    words_, scratch_.scores, kLanes, nullptr);
@@ -268,6 +286,7 @@ private:
     const int64_t group_, rows_, dim_, words_, head_bytes_, value_bytes_;
     int64_t num_keys_ = 0;  // of the tile
     int64_t used_ = 0;      // of those, by the group at hand
+    bool has_holes_ = false;
     int32_t lowest_ = 0, highest_ = 0;
 };
 

@@ -54,13 +54,15 @@ class Rig:
         num_blocks: int = 96,
         kind: str = "torch",
         threads: int = 2,
+        *,
+        deterministic: bool = False,
     ) -> Rig:
         config = ModelConfig.from_folder(folder)
         model: Decoder | NativeModel
         if kind == "torch":
             model = Decoder(config, open_weights(folder), dtype)
         else:
-            model = NativeModel(config, open_weights(folder), dtype, Native(kind), threads)
+            model = NativeModel(config, open_weights(folder), dtype, Native(kind), threads, deterministic=deterministic)
         cache = PagedKVCache(config, num_blocks, block_size, dtype)
         # whatever lies in a page before it is written must not reach any result
         cache.pool.fill_(float("nan"))
@@ -388,3 +390,55 @@ class TestRunner:
         result = runner.run(plan)
         assert (list(result.tokens), result.scores, result.failed) == ([], [], {})
         assert rig.tables.tables[3, 1] == 2
+
+
+@torch.inference_mode()
+def hidden_rows(rig: Rig, sequences: list[list[int]], chunk: int) -> list[torch.Tensor]:
+    """The residual stream at every position, all sequences in one batch, prompts in chunks of `chunk`."""
+    done = [0] * len(sequences)
+    parts: list[list[torch.Tensor]] = [[] for _ in sequences]
+    while running := [i for i, tokens in enumerate(sequences) if done[i] < len(tokens)]:
+        rows = [(i, done[i], sequences[i][done[i] : done[i] + chunk]) for i in running]
+        plan = rig.plan(rows)
+        rig.tables.apply(plan)
+        hidden = rig.model.forward(rig.tables.batch(plan, rig.model.windows), rig.cache)
+        for i, part in zip(running, hidden.split([len(tokens) for _, _, tokens in rows]), strict=True):
+            parts[i].append(part)
+            done[i] += len(part)
+    return [torch.cat(part) for part in parts]
+
+
+@pytest.mark.skipif(not cpu.levels(), reason="the native kernels are not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen2-mixed-window"])
+def test_deterministic_rows_have_equal_bits_in_any_batch_chunk_and_team(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    _, arch, overrides = next((case for case in TWELVE if case[0] == name), TWELVE[0])
+    folder = make_model(tmp_path, arch, seed=9, dtype=str(dtype).removeprefix("torch."), **overrides)
+    sequences = [tokens for tokens in prompts() if len(tokens) > 20]
+
+    def rig(threads: int, block_size: int = 16) -> Rig:
+        kind = cpu.levels()[-1]
+        return Rig.make(folder, dtype, block_size, 1536 // block_size, kind, threads, deterministic=True)
+
+    whole = hidden_rows(rig(2), sequences, 1000)
+    for threads, chunk, block_size in ((1, 1000, 16), (2, 1, 16), (2, 7, 16), (3, 64, 16), (2, 33, 32)):
+        for ours, theirs in zip(hidden_rows(rig(threads, block_size), sequences, chunk), whole, strict=True):
+            assert torch.equal(ours, theirs)
+    for tokens, theirs in zip(sequences, whole, strict=True):
+        assert torch.equal(hidden_rows(rig(2), [tokens], 100)[0], theirs)
+
+
+@pytest.mark.skipif(not cpu.levels(), reason="the native kernels are not built")
+def test_deterministic_rows_are_cut_at_fixed_positions(tmp_path: Path) -> None:
+    """Beyond 4,096 keys a row has several parts; a chunk that crosses the cut has rows with and without the second."""
+    folder = make_model(tmp_path, seed=9, num_hidden_layers=1, max_position_embeddings=8192)
+    tokens = [int(each) for each in torch.randint(331, (4300,), generator=torch.Generator().manual_seed(3))]
+
+    def run(chunk: int, threads: int) -> torch.Tensor:
+        made = Rig.make(folder, torch.float32, 16, 300, cpu.levels()[-1], threads, deterministic=True)
+        return hidden_rows(made, [tokens], chunk)[0]
+
+    whole = run(2000, 2)
+    assert torch.equal(run(700, 1), whole)
