@@ -1,0 +1,154 @@
+// Runs decoder steps of a small random model at every level, for the sanitizers: prefill and decode rows in one batch,
+// windows, odd sizes, pages in any order, teams of several sizes. Exit 1 where two teams disagree.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../../kernels/csrc/exports.h"
+#include "../../kernels/csrc/step.h"
+
+using namespace quire;
+
+namespace {
+
+std::mt19937 draw(7);
+
+struct Weights {  // exact sizes on the heap, so that a read beyond is seen
+    std::vector<std::unique_ptr<char[]>> kept;
+    bool bf16;
+
+    char* values(int64_t count, float scale) {
+        std::normal_distribution<float> normal(0.f, scale);
+        char* out = kept.emplace_back(new char[count * (bf16 ? 2 : 4)]).get();
+        for (int64_t i = 0; i < count; i++) {
+            const float x = normal(draw);
+            uint32_t bits;
+            std::memcpy(&bits, &x, 4);
+            if (bf16) {
+                const uint16_t half = (uint16_t)(bits >> 16);
+                std::memcpy(out + 2 * i, &half, 2);
+            } else {
+                std::memcpy(out + 4 * i, &x, 4);
+            }
+        }
+        return out;
+    }
+    float* floats(int64_t count, float value) {
+        float* out = reinterpret_cast<float*>(kept.emplace_back(new char[count * 4]).get());
+        for (int64_t i = 0; i < count; i++) out[i] = value;
+        return out;
+    }
+    // `paired`: 16 gates and 16 ups to a panel
+    Matrix matrix(int64_t columns, int64_t depth, bool paired, bool bias) {
+        const int64_t lanes = paired ? (columns + 15) / 16 * 32 : columns, panels = (lanes + kPanel - 1) / kPanel;
+        const int64_t row = depth * (bf16 ? 2 : 4), words = bf16 ? (depth + 1) / 2 : depth;
+        const char* plain = values((paired ? 2 : 1) * columns * depth, 1.f / std::sqrt((float)depth));
+        std::vector<const char*> rows(panels * kPanel, nullptr);
+        for (int64_t lane = 0; lane < lanes; lane++) {
+            const int64_t column = paired ? lane / 32 * 16 + lane % 16 : lane;
+            if (column < columns) rows[lane] = plain + ((paired && lane % 32 >= 16 ? columns : 0) + column) * row;
+        }
+        char* packed = kept.emplace_back(new char[panels * words * kPanel * 4]).get();
+        quire_pack(rows.data(), panels, depth, bf16, reinterpret_cast<uint32_t*>(packed));
+        return {packed, bias ? floats(panels * kPanel, 0.01f) : nullptr, words, lanes};
+    }
+};
+
+bool run(int64_t level, bool bf16, bool deterministic) {
+    const int64_t hidden = 45, heads = 6, kv_heads = 2, dim = 34, intermediate = 37, vocab = 83, layers = 2, block = 4;
+    Weights weights{{}, bf16};
+    std::vector<Layer> layer(layers);
+    for (int64_t i = 0; i < layers; i++) {
+        layer[i] = {weights.floats(hidden, 1.f), weights.floats(hidden, 1.f), weights.floats(dim, 1.f),
+                    weights.floats(dim, 1.f), weights.matrix((heads + 2 * kv_heads) * dim, hidden, false, true),
+                    weights.matrix(hidden, heads * dim, false, false), weights.matrix(intermediate, hidden, true, true),
+                    weights.matrix(hidden, intermediate, false, true), i};
+    }
+    std::vector<double> frequencies(dim / 2);
+    for (int64_t i = 0; i < dim / 2; i++) frequencies[i] = std::pow(10000.0, -2.0 * (double)i / (double)dim);
+    const Model model{layer.data(), weights.floats(hidden, 1.f), weights.matrix(vocab, hidden, false, false),
+                      weights.values(vocab * hidden, 1.f), frequencies.data(), layers, hidden, heads, kv_heads, dim,
+                      intermediate, vocab, bf16, level, 1e-5, 1.0};
+    // rows: a long prefill, a short one, decodes with a past; every past is computed first as a prefill of its own
+    const std::vector<int64_t> lengths = {97, 5, 1, 23, 1};
+    const int64_t blocks = 64, element = bf16 ? 2 : 4, block_bytes = 2 * kv_heads * block * dim * element;
+    std::vector<std::vector<float>> results;
+    for (int64_t threads : {1, 2, 3}) {
+        std::unique_ptr<char[]> pool(new char[layers * blocks * block_bytes]());
+        Engine* engine = quire_engine_new(threads);
+        std::vector<int32_t> order(blocks);
+        for (int64_t i = 0; i < blocks; i++) order[i] = (int32_t)((i * 37 + 11) % blocks);
+        std::vector<float> all;
+        for (int64_t pass = 0; pass < 3; pass++) {  // the prompts, then two tokens more of each
+            std::vector<int64_t> tokens, positions, slots;
+            std::vector<int32_t> query_start{0}, first, start{0}, ids, at;
+            int64_t taken = 0;
+            for (size_t row = 0; row < lengths.size(); row++) {
+                const int64_t begin = pass ? lengths[row] + pass - 1 : 0, end = lengths[row] + pass;
+                const int64_t pages = (lengths[row] + 2 + block - 1) / block;
+                for (int64_t p = begin; p < end; p++) {
+                    tokens.push_back((p * 31 + (int64_t)row * 7) % vocab);
+                    positions.push_back(p);
+                    slots.push_back(order[taken + p / block] * block + p % block);
+                }
+                query_start.push_back((int32_t)tokens.size());
+                first.push_back((int32_t)begin);
+                for (int64_t page = 0; page * block < end; page++) {
+                    ids.push_back(order[taken + page]);
+                    at.push_back((int32_t)(page * block));
+                }
+                start.push_back((int32_t)ids.size());
+                taken += pages;
+            }
+            const int32_t* starts[] = {start.data(), start.data()};
+            const int32_t* page_ids[] = {ids.data(), ids.data()};
+            const int32_t* page_at[] = {at.data(), at.data()};
+            const int64_t windows[] = {0, 9}, entries[] = {(int64_t)ids.size(), (int64_t)ids.size()};
+            const int64_t count = (int64_t)tokens.size();
+            std::vector<float> hidden_rows(count * hidden);
+            const Step step{tokens.data(), positions.data(), slots.data(), query_start.data(), first.data(), starts,
+                            page_ids, page_at, windows, entries, pool.get(), hidden_rows.data(),
+                            blocks * block_bytes, block_bytes, blocks, block, count, (int64_t)lengths.size(), 2,
+                            deterministic, nullptr};
+            char message[200] = "";
+            if (quire_forward(engine, &model, &step, message, sizeof message)) {
+                std::fprintf(stderr, "forward: %s\n", message);
+                return false;
+            }
+            std::vector<int64_t> rows;
+            for (size_t row = 0; row < lengths.size(); row++) rows.push_back(query_start[row + 1] - 1);
+            std::vector<float> logits(rows.size() * vocab), values(rows.size()), totals(rows.size());
+            std::vector<int32_t> best(rows.size());
+            quire_head(engine, &model, hidden_rows.data(), rows.data(), (int64_t)rows.size(), logits.data(),
+                       best.data(), values.data(), totals.data());
+            all.insert(all.end(), hidden_rows.begin(), hidden_rows.end());
+            all.insert(all.end(), logits.begin(), logits.end());
+        }
+        quire_engine_free(engine);
+        for (float x : all)
+            if (!std::isfinite(x)) return std::fprintf(stderr, "not finite\n"), false;
+        results.push_back(all);
+    }
+    for (auto& each : results)
+        for (size_t i = 0; i < each.size(); i++)
+            if (each[i] != results[0][i]) {
+                std::fprintf(stderr, "level %d bf16 %d: teams differ at %zu\n", (int)level, bf16, i);
+                return false;
+            }
+    return true;
+}
+
+}  // namespace
+
+int main() {
+    for (int64_t level = 0; level < 3; level++)
+        for (int bf16 = 0; bf16 < 2; bf16++)
+            for (int deterministic = 0; deterministic < 2; deterministic++)
+                if ((quire_levels() >> level & 1) && !run(level, bf16, deterministic)) return 1;
+    std::puts("equal");
+    return 0;
+}
