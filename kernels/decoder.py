@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -72,6 +72,7 @@ class _Step(ctypes.Structure):
     ]
 
 
+_REDUCE = ctypes.CFUNCTYPE(None, _ADDRESS, _INT)
 _TEXT = (ctypes.c_char_p, _INT)
 _SIGNATURES = {
     "quire_engine_new": (_ADDRESS, _INT),
@@ -253,6 +254,7 @@ class NativeDecoder:
         pool: torch.Tensor,
         pages: Mapping[int, PageList],
         masks: Mapping[int, Mask],
+        reduce: Callable[[torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
         """Run all layers over one ragged batch of T tokens in R rows.
 
@@ -261,6 +263,8 @@ class NativeDecoder:
             query_start: int32 [R+1].
             pool: as in `kernels.ops`; this step's K and V are written, in every layer before any row attends.
             pages, masks: by window, all of the shape's windows; all pages lie in `pool`.
+            reduce: of a tensor-parallel rank, called twice a layer with its float32 [T * hidden] part of a sum, which
+                it replaces by the sum over all ranks. It must not raise.
 
         Returns:
             float32 [T, hidden], the residual stream behind the last layer.
@@ -276,6 +280,7 @@ class NativeDecoder:
         starts = (_ADDRESS * count)(*(each.start.data_ptr() for each in lists))
         blocks = (_ADDRESS * count)(*(each.block.data_ptr() for each in lists))
         positions_of = (_ADDRESS * count)(*(each.position.data_ptr() for each in lists))
+        hook = None if reduce is None else _REDUCE(lambda data, count: reduce(_floats(data, count)))
         size = pool.element_size()
         step = _Step(
             *(each.data_ptr() for each in (tokens, positions, slots, query_start)),
@@ -291,7 +296,7 @@ class NativeDecoder:
             len(query_start) - 1,
             count,
             int(self._deterministic),
-            None,
+            None if hook is None else ctypes.cast(hook, _ADDRESS),
         )
         message = ctypes.create_string_buffer(cpu.MESSAGE_BYTES)
         cpu.raise_for(self._library.quire_forward(self._engine, self._model, step, message, cpu.MESSAGE_BYTES), message)
@@ -353,6 +358,11 @@ class NativeDecoder:
             _Matrix(base + offset, self._pointer(_bias(rows)), words, len(rows.order))
             for rows, (offset, words) in zip(matrices, offsets, strict=True)
         ]
+
+
+def _floats(data: int, count: int) -> torch.Tensor:
+    """float32 [count] that lie at an address."""
+    return torch.frombuffer((ctypes.c_float * count).from_address(data), dtype=torch.float32)
 
 
 def _bias(rows: Rows) -> torch.Tensor | None:

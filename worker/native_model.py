@@ -6,6 +6,8 @@ the sums of products and everything between two products stay float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -73,11 +75,12 @@ class NativeModel:
         """The different sliding windows of the layers; 0 is full attention."""
         return tuple(sorted(set(self.config.windows)))
 
-    def forward(self, batch: Batch, cache: PagedKVCache) -> torch.Tensor:
-        """See `Decoder.forward`; the residual stream is float32."""
-        return self._decoder.forward(
-            batch.tokens, batch.positions, batch.slots, batch.query_start, cache.pool, batch.pages, batch.masks
-        )
+    def forward(
+        self, batch: Batch, cache: PagedKVCache, reduce: Callable[[torch.Tensor], None] | None = None
+    ) -> torch.Tensor:
+        """See `Decoder.forward`; the residual stream is float32. `reduce` is a tensor-parallel rank's all-reduce."""
+        where = (batch.slots, batch.query_start, cache.pool, batch.pages, batch.masks)
+        return self._decoder.forward(batch.tokens, batch.positions, *where, reduce)
 
     def head(self, hidden: torch.Tensor, rows: npt.NDArray[np.int64], *, logits: bool) -> Head:
         """See `Decoder.head`."""

@@ -442,3 +442,27 @@ def test_deterministic_rows_are_cut_at_fixed_positions(tmp_path: Path) -> None:
 
     whole = run(2000, 2)
     assert torch.equal(run(700, 1), whole)
+
+
+@pytest.mark.skipif(not cpu.levels(), reason="the native kernels are not built")
+@torch.inference_mode()
+def test_a_ranks_sums_pass_through_its_all_reduce(tmp_path: Path) -> None:
+    """Two ranks of halved sums that are added up again are the whole; the hook sees both sums of each layer."""
+    folder = make_model(tmp_path, seed=9, num_hidden_layers=3)
+    tokens = prompts()[5]
+    rigs = [Rig.make(folder, kind=cpu.levels()[-1]) for _ in range(2)]
+    seen: list[int] = []
+
+    def reduce(part: torch.Tensor) -> None:
+        seen.append(len(part))
+        half = part * 0.5
+        part.copy_(half + half)
+
+    found = []
+    for rig, hook in zip(rigs, (None, reduce), strict=True):
+        assert isinstance(rig.model, NativeModel)
+        plan = rig.plan([(0, 0, tokens)])
+        rig.tables.apply(plan)
+        found.append(rig.model.forward(rig.tables.batch(plan, rig.model.windows), rig.cache, hook))
+    assert seen == [len(tokens) * 64] * 6
+    assert torch.equal(found[0], found[1])
