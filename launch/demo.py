@@ -20,7 +20,7 @@ from launch.client import AsyncClient
 from launch.models.recall_text import KEYS, WORDS, make_context
 from launch.outputs import RequestOutput
 from launch.remote import page_lines
-from pagetable.errors import QuireError, RequestFailed
+from pagetable.errors import QuireError, RequestFailed, ServiceError
 from quire_pb.memory.v1 import memory_pb2 as pb
 
 START_SECONDS = 120.0
@@ -35,11 +35,11 @@ _REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("one", {"prompt": _OPENING, "seed": 1}),
     ("two", {"prompt": _OPENING, "seed": 2}),
     ("twins", {"prompt": _OPENING, "seed": 4, "n": 2}),
-    ("split", {"prompt": "Once upon a time", "seed": 5, "min_tokens": 768, "max_tokens": 768}),
     ("other", {"prompt": "Once upon a time there was a", "seed": 3}),
     ("chat", {"messages": [{"role": "user", "content": "Tell me a story about a big dog."}], "seed": 6}),
 )
-_FORK_AT = 24
+_SPLIT: dict[str, Any] = {"prompt": "Once upon a time", "seed": 5, "min_tokens": 768, "max_tokens": 768}
+_FORK_AT, _ATTEMPTS = 24, 50
 _LAST_WORDS = "The end."  # the stream that is split would go on behind them, so that a slow client can still split it
 _MAP_SECONDS = 0.02
 
@@ -66,11 +66,16 @@ class Show:
                 print(f"  {label:>8} | {sample.text[at:end].strip()}", flush=True)
                 self._printed[key] = end
 
+    def anew(self, name: str) -> None:
+        """What comes next under this name is another text."""
+        self._printed = {key: at for key, at in self._printed.items() if key[0] != name}
+
     def ended(self, name: str, output: RequestOutput, inherited: int = 0) -> None:
         for sample in output.outputs:
             rest = sample.text[self._printed.get((name, sample.index), 0) :].strip()
             if sample.finish_reason is None and rest.startswith(_LAST_WORDS):
                 print(f"  {name:>8} | {_LAST_WORDS}", flush=True)
+                self._printed[name, sample.index] = len(sample.text)
         self.tokens += sum(len(sample.token_ids) for sample in output.outputs) - inherited
 
 
@@ -101,58 +106,93 @@ async def service(*arguments: str) -> AsyncIterator[AsyncClient]:
 
 async def stories(client: AsyncClient, show: Show) -> None:
     """Six requests at once, one of them split in two while it runs; the page map while they do."""
-    forked: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    mapped = asyncio.create_task(watch_pages(client, forked))
-
-    async def run(name: str, raw: dict[str, Any]) -> None:
-        children: list[asyncio.Task[None]] = []
-        output = None
-        stream = client.stream({"max_tokens": _TOKENS, "temperature": 0.7, **raw})
-        async with contextlib.aclosing(stream):
-            async for output in stream:
-                show.grown(name, output)
-                if name != "split":
-                    continue
-                if not children and len(output.outputs[0].token_ids) >= _FORK_AT:
-                    children.append(asyncio.create_task(fork(output.request_id, len(output.outputs[0].token_ids))))
-                if children and _LAST_WORDS in output.outputs[0].text:
-                    await forked
-                    break
-        if output is not None:
-            show.ended(name, output)
-        await asyncio.gather(*children)
-
-    async def fork(request_id: str, inherited: int) -> None:
-        output = None
-        async for output in client.fork(request_id, seed=50, min_tokens=0, max_tokens=_TOKENS):
-            if not forked.done() and output.outputs[0].token_ids:
-                forked.set_result(output.request_id)
-            show.grown("fork", output)
-        if output is not None:
-            show.ended("fork", output, inherited)
-
-    await asyncio.gather(*(run(name, raw) for name, raw in _REQUESTS))
-    mapped.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await mapped
-
-
-async def watch_pages(client: AsyncClient, forked: asyncio.Future[str]) -> None:
-    """Print the page map as soon as it has the fork and a shared page. Asks from the start on, since a slow client may
-    hear of the fork when it is nearly over; the last map with a shared page is printed if none has both."""
-    best: pb.GetPageMapResponse | None = None
+    pages = Pages()
+    watching = asyncio.create_task(pages.watch(client))
     try:
-        while True:
+        await asyncio.gather(split(client, show, pages), *(story(client, show, name, raw) for name, raw in _REQUESTS))
+    finally:
+        watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
+    pages.show()
+
+
+async def story(client: AsyncClient, show: Show, name: str, raw: dict[str, Any]) -> None:
+    output = None
+    async for output in client.stream({"max_tokens": _TOKENS, "temperature": 0.7, **raw}):
+        show.grown(name, output)
+    if output is not None:
+        show.ended(name, output)
+
+
+async def split(client: AsyncClient, show: Show, pages: Pages) -> None:
+    """A stream, and a fork of it. Again from the start where a slow client came too late: the stream had ended before
+    its fork arrived, or no map was taken while both ran. The seed is the same, so its text is printed once."""
+    for _ in range(_ATTEMPTS):
+        if await _split_once(client, show, pages) and pages.shared is not None:
+            return
+    raise RequestFailed(f"in {_ATTEMPTS} attempts, no stream was forked while it ran and seen in the page map")
+
+
+async def _split_once(client: AsyncClient, show: Show, pages: Pages) -> bool:
+    """Whether it was forked."""
+    child: asyncio.Task[bool] | None = None
+    output = None
+    async with contextlib.aclosing(client.stream({"temperature": 0.7, **_SPLIT})) as stream:
+        async for output in stream:
+            show.grown("split", output)
+            if child is None and len(output.outputs[0].token_ids) >= _FORK_AT:
+                pages.forked = None
+                child = asyncio.create_task(_fork(client, show, pages, output))
+            if child is not None and _LAST_WORDS in output.outputs[0].text and (pages.has_fork or child.done()):
+                break
+    if output is not None:
+        show.ended("split", output)
+    return child is not None and await child
+
+
+async def _fork(client: AsyncClient, show: Show, pages: Pages, parent: RequestOutput) -> bool:
+    output = None
+    show.anew("fork")
+    try:
+        async for output in client.fork(parent.request_id, seed=50, min_tokens=0):
+            pages.forked = output.request_id
+            show.grown("fork", output)
+    except ServiceError as error:
+        if error.code != "NOT_FOUND":
+            raise
+        return False  # its parent had ended
+    if output is not None:
+        show.ended("fork", output, len(parent.outputs[0].token_ids))
+    return output is not None
+
+
+class Pages:
+    """The page map, asked for from the start on: a slow client may hear of the fork when it is nearly over.
+
+    Attributes:
+        forked: the request that is a fork.
+        shared: the last map with a shared page, or the first that has the fork too.
+        has_fork: it has.
+    """
+
+    def __init__(self) -> None:
+        self.forked: str | None = None
+        self.shared: pb.GetPageMapResponse | None = None
+        self.has_fork = False
+
+    async def watch(self, client: AsyncClient) -> None:
+        while not self.has_fork:
             page_map = await client.page_map()
             if page_map.shared_pages:
-                best = page_map
-                if forked.done() and forked.result() in {sequence.request_id for sequence in page_map.sequences}:
-                    return
+                self.shared = page_map
+                self.has_fork = self.forked in {sequence.request_id for sequence in page_map.sequences}
             await asyncio.sleep(_MAP_SECONDS)
-    finally:
-        if best is None:
+
+    def show(self) -> None:
+        if self.shared is None:
             raise RequestFailed("no page was shared")
-        show_pages(best)
+        show_pages(self.shared)
 
 
 def show_pages(page_map: pb.GetPageMapResponse) -> None:

@@ -65,6 +65,8 @@ def _serve_and_use(
         assert private.stat().st_mode & 0o777 == 0o700
         assert (private / "ray-token").stat().st_mode & 0o777 == 0o600
         processes = Processes(server.pid)
+        ours = {pid for pid in processes.look() if _name(pid) in ("front", "scheduler", "keeper", "worker")}
+        assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in ours} == {os.getpriority(os.PRIO_PROCESS, 0)}
         asyncio.run(_use(int(line.split(":")[1]), processes, prompts, expected))
         processes.look()
         server.send_signal(signal.SIGTERM)

@@ -46,6 +46,7 @@ def test_defaults_are_the_ones_that_the_documents_name() -> None:
         "max_num_batched_tokens": 2048,
         "max_num_partial_prefills": 8,
         "enable_prefix_caching": True,
+        "deterministic": False,
         "dtype": "auto",
         "seed": 0,
         "threads": None,
