@@ -5,8 +5,9 @@
 
 A shard says which requests a step is the first to run, before it runs it. A death counts against those alone: what
 waited there, or was sent to a shard that was dead already, just moves on. A request that has seen a shard die is on
-trial: on each shard only one such at a time is submitted until it has made a step there. So what kills shards is known
-by name after the second one, and fails; those beside it go on.
+trial: on each shard only one such at a time is submitted until it has made a few steps there (PROOF_STEPS), which takes
+it past the place where it stood when the first shard died. So what kills shards is known by name after the second one,
+and fails; those beside it go on.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class Dispatcher:
             stream.refused_at = 0.0
             if run.begun:
                 stream.deaths += 1
-                blamed = not run.stepped or alone
+                blamed = alone or not run.is_proven
                 if stream.deaths >= (POISON_DEATHS if blamed else self.limits.max_deaths):
                     text = f"poison: {stream.deaths} shards died while they ran this request; it is not run again"
                     stream.fail(RequestFailed(text))

@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 WELCOME_SECONDS = 5.0
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.05, 1.0
+PROOF_STEPS = 2  # a shard's last step may be lost with it, so the second one here is again the one that killed it
 _SERVING = (pb.CONDITION_READY, pb.CONDITION_DRAINING)
 
 
@@ -37,8 +38,8 @@ class Run:
     Attributes:
         open: samples that the shard has not ended.
         begun: the shard has begun a step with it.
-        stepped: it has made one.
-        proven: it has, or the run is over: nobody need wait to see.
+        num_steps, last_step: that it has made, counted to PROOF_STEPS, and the shard's number of the last of them.
+        proven: it has made PROOF_STEPS, or is over: nobody need wait to see.
         is_fork: of a sequence that the shard already has.
     """
 
@@ -47,9 +48,22 @@ class Run:
     stream: Stream
     open: set[int]
     begun: bool = False
-    stepped: bool = False
+    num_steps: int = 0
+    last_step: int = -1
     proven: asyncio.Event = field(default_factory=asyncio.Event)
     is_fork: bool = False
+
+    @property
+    def is_proven(self) -> bool:
+        return self.num_steps >= PROOF_STEPS
+
+    def count(self, step: int) -> None:
+        """A step has said something about it; the samples of a request share their steps."""
+        if step != self.last_step:
+            self.begun, self.last_step = True, step
+            self.num_steps += 1
+            if self.is_proven:
+                self.proven.set()
 
 
 class Owner(Protocol):
@@ -146,6 +160,8 @@ class ShardLink:
         for delta in tokens.deltas:
             run = self.runs.get(delta.handle)
             if run is not None:
+                if run.num_steps < PROOF_STEPS:
+                    run.count(tokens.step)
                 self._push(run, delta, now)
 
     def _note(self, begun: pb.Begun) -> None:
@@ -155,9 +171,6 @@ class ShardLink:
 
     def _push(self, run: Run, delta: pb.Delta, now: float) -> None:
         stream = run.stream
-        if not run.stepped:
-            run.begun = run.stepped = True
-            run.proven.set()
         try:
             stop = stream.push(delta, now)
         except Exception as error:  # one request's text or frame: no reason to lose the others

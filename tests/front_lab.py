@@ -74,7 +74,7 @@ class FakeShard:
     Attributes:
         frames: what fronts sent: (kind, message).
         refuse: by kind of frame, the code that it is refused with.
-        kills: whether running this one ends the process.
+        kills: whether the next step of this one ends the process.
         deaf: it is dead already, and its connection does not show it yet: nothing that is sent arrives.
     """
 
@@ -89,6 +89,7 @@ class FakeShard:
     refuse: dict[Kind, str] = field(default_factory=dict)
     kills: Callable[[FakeRun], bool] | None = None
     deaf: bool = False
+    num_steps: int = 0
     peers: list[Peer] = field(default_factory=list)
     address: str = ""
     _listener: Listener | None = None
@@ -129,9 +130,12 @@ class FakeShard:
     def step(self, count: int = 1) -> None:
         """`count` steps: each one frame with a token for every sample that runs."""
         for _ in range(count):
+            if self._is_killed():
+                return
+            self.num_steps += 1
             by_peer: dict[Peer, pb.Tokens] = {}
             for handle, run in list(self.runs.items()):
-                frame = by_peer.setdefault(run.peer, pb.Tokens(step=1, epoch=self.epoch))
+                frame = by_peer.setdefault(run.peer, pb.Tokens(step=self.num_steps, epoch=self.epoch))
                 for sample in list(run.outputs):
                     self._token(frame, handle, run, sample)
                 if not run.outputs:
@@ -141,7 +145,7 @@ class FakeShard:
 
     def say(self, delta: pb.Delta, epoch: int | None = None) -> None:
         """One delta to the front of the run that it names."""
-        frame = pb.Tokens(step=1, epoch=self.epoch if epoch is None else epoch, deltas=[delta])
+        frame = pb.Tokens(step=self.num_steps, epoch=self.epoch if epoch is None else epoch, deltas=[delta])
         self.peers[-1].send(Kind.TOKENS, frame)
 
     def of(self, kind: Kind) -> list[Any]:
@@ -191,14 +195,14 @@ class FakeShard:
             parent = self.runs[message.parent_handle].outputs[message.parent_sample]
             self._begin(peer, message.handle, message.request, parent[: message.num_outputs])
         elif kind is Kind.CANCEL and (run := self.runs.pop(message.handle, None)) is not None:
-            frame = pb.Tokens(step=1, epoch=self.epoch)
+            frame = pb.Tokens(step=self.num_steps, epoch=self.epoch)
             for sample in list(run.outputs):
                 delta = frame.deltas.add(handle=message.handle, sample=sample)
                 self._end(delta, run, sample, pb.FINISH_REASON_CANCELLED)
             peer.send(Kind.TOKENS, frame)
         elif kind is Kind.FINISH and message.handle in self.runs:
             run = self.runs[message.handle]
-            frame = pb.Tokens(step=1, epoch=self.epoch)
+            frame = pb.Tokens(step=self.num_steps, epoch=self.epoch)
             delta = frame.deltas.add(handle=message.handle, sample=message.sample)
             self._end(delta, run, message.sample, pb.FINISH_REASON_STOP)
             if not run.outputs:
@@ -209,11 +213,16 @@ class FakeShard:
         params = decode_params(submit.params)
         resumed = {each.sample: ints(each.outputs) for each in submit.samples}
         samples = resumed or {sample: list(outputs) for sample in range(params.n)}
-        self.runs[handle] = run = FakeRun(peer, submit, samples, params.logprobs is not None)
+        self.runs[handle] = FakeRun(peer, submit, samples, params.logprobs is not None)
         peer.send(Kind.BEGUN, pb.Begun(epoch=self.epoch, handles=[handle]))
-        if self.kills is not None and self.kills(run):
-            for each in self.peers:
-                each.close()
+        self._is_killed()
+
+    def _is_killed(self) -> bool:
+        if self.kills is None or not any(map(self.kills, self.runs.values())):
+            return False
+        for each in self.peers:
+            each.close()
+        return True
 
 
 class FakeScheduler:

@@ -45,15 +45,19 @@ class Running:
         (pid,) = children(self.service.parts[f"keeper-{index}"].pid)
         return pid
 
-    async def comes_to_rest(self) -> None:
-        """No sequence and no used page is left."""
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[AsyncClient]:
         client = AsyncClient(f"127.0.0.1:{self.ports['grpc']}")
         try:
-            async with asyncio.timeout(SECONDS):
-                while (await client.page_map()).sequences or any(each.used_blocks for each in await client.loads()):
-                    await asyncio.sleep(0.05)
+            yield client
         finally:
             await client.close()
+
+    async def comes_to_rest(self) -> None:
+        """No sequence and no used page is left."""
+        async with self.client() as client, asyncio.timeout(SECONDS):
+            while (await client.page_map()).sequences or any(each.used_blocks for each in await client.loads()):
+                await asyncio.sleep(0.05)
 
     def streams(self, count: int = 4) -> list[Stream]:
         return [Stream(self.channel, prompt, LENGTH) for prompt in prompts(count)]

@@ -114,15 +114,24 @@ class Stream:
     """One Generate call of one sample: its tokens as they come.
 
     Attributes:
-        failure: the status where it did not end well.
+        error, failure, details: what it ended with, its status and text, where it did not end well.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, prompt: Sequence[int], max_tokens: int) -> None:
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        prompt: Sequence[int],
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> None:
         stub = services.InferenceServiceStub(channel)
-        sampling = public.SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        sampling = public.SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=True)
         request = public.GenerateRequest(token_ids=public.TokenIds(ids=prompt), sampling=sampling)
         self.tokens: list[int] = []
         self.finished: public.Finished | None = None
+        self.error: grpc.aio.AioRpcError | None = None
         self.failure: grpc.StatusCode | None = None
         self.details = ""
         self._call = stub.Generate(request, timeout=SECONDS)
@@ -136,7 +145,7 @@ class Stream:
                 elif response.HasField("finished"):
                     self.finished = response.finished
         except grpc.aio.AioRpcError as error:
-            self.failure, self.details = error.code(), error.details() or ""
+            self.error, self.failure, self.details = error, error.code(), error.details() or ""
 
     async def reaches(self, count: int) -> None:
         await until(lambda: len(self.tokens) >= count or self.task.done())

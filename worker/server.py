@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 MAX_UNSENT_BYTES = 64 << 20  # a peer that reads so slowly is cut off
 HELLO_SECONDS = 5.0
 MAX_HELLO_BYTES = 1024
-SENT_SECONDS = 0.5
+SENT_SECONDS, SENT_POLL_SECONDS = 0.5, 50e-6
 IDLE_SECONDS, CHECK_SECONDS = 1.0, 60.0
 _FINISH = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -144,6 +144,7 @@ class ShardServer:
         self._owners: dict[str, tuple[_Client, int]] = {}  # internal request id -> who asked, and its handle
         self._begun: set[str] = set()  # of those, whom a plan named
         self._listener: _Client | None = None  # the scheduler
+        self._num_queued = self._num_earlier = self._num_sent = 0  # frames of tokens; earlier: than the last step's
         self._numbers = iter(range(1 << 62))
         self._sockets: asyncio.AbstractEventLoop | None = None
         self._totals = pb.Load()
@@ -223,13 +224,18 @@ class ShardServer:
         totals.steps += 1
         totals.busy_seconds += seconds
         totals.last_step_seconds = seconds
+        self._num_earlier = self._num_queued
         self._deliver(outputs)
         self._report()
 
     def _planned(self, plan: Plan) -> None:
-        """A plan is about to run. Fronts hear of requests that it is the first to run, and have that on the wire before
-        it runs: it may be what ends this process."""
+        """A plan is about to run, and may be what ends this process. On the wire before it does: the word to fronts of
+        requests that it is the first to run, and what all steps but the last one said. So a front that takes a request
+        up again has it at most one token short."""
         self._journal.record(plan)
+        deadline = time.monotonic() + SENT_SECONDS
+        while self._num_sent < self._num_earlier and time.monotonic() < deadline:
+            time.sleep(SENT_POLL_SECONDS)
         if not plan.admits or not self._owners:
             return
         running = {sequence.sequence_id: sequence.request.request_id for sequence in self.loop.scheduler.running}
@@ -266,7 +272,8 @@ class ShardServer:
                 self._totals.cached_tokens += output.cached_tokens
                 ended[output.request_id] = None
         for number, frame in frames.items():
-            self._send(self._clients[number].connection, Kind.TOKENS, frame)
+            self._num_queued += 1
+            self._call(self._send_tokens, self._clients[number].connection, frame)
         for internal in ended:  # only now: several samples of a request may end at once
             self._settle(internal)
 
@@ -393,6 +400,13 @@ class ShardServer:
         if self._checked_steps != self._totals.steps and now - self._checked_at > CHECK_SECONDS:
             self._checked_steps, self._checked_at = self._totals.steps, now
             self.loop.scheduler.check()
+
+    def _send_tokens(self, connection: Connection, tokens: pb.Tokens) -> None:
+        """On the socket thread."""
+        try:
+            connection.send(Kind.TOKENS, tokens)
+        finally:
+            self._num_sent += 1
 
     def _send(self, connection: Connection, kind: Kind, message: Message) -> None:
         self._call(connection.send, kind, message)

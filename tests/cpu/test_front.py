@@ -551,6 +551,30 @@ def test_what_kills_shards_fails_and_those_beside_it_go_on(folder: Path, run: Ru
     run(body())
 
 
+def test_what_kills_in_the_middle_of_its_outputs_fails_and_those_beside_it_go_on(folder: Path, run: Run) -> None:
+    """The last token before its death was on its way: it is taken up one step before the one that kills."""
+
+    def is_poison(run: Any) -> bool:
+        taken_up = ints(run.submit.samples[0].outputs) if run.submit.samples else []
+        return bool(run.prompt == [13] and len(run.outputs[0]) > max(3, len(taken_up)))
+
+    async def body() -> None:
+        shards = [FakeShard(index, pace=0.005, kills=is_poison) for index in range(3)]
+        async with lab(folder, shards) as it:
+            beside = [it.generate([20, index], max_tokens=300) for index in range(4)]
+            for call in beside:
+                await call.read(), await call.read()
+            poison = it.generate([13], max_tokens=50)
+            with pytest.raises(grpc.aio.AioRpcError, match="poison: 2 shards died"):
+                await _rest(poison)
+            for index, call in enumerate(beside):
+                left = await asyncio.wait_for(_rest(call), SOON)
+                assert left == tokens([20, index], 300)[-len(left) :]
+            assert [len([s for s in shard.of(Kind.SUBMIT) if ints(s.prompt) == [13]]) for shard in shards] == [1, 1, 0]
+
+    run(body())
+
+
 def test_a_shard_that_was_dead_already_counts_no_death(folder: Path, run: Run) -> None:
     """Both shards die at once: the request moves from the first to the second, of whose death the front hears later."""
 

@@ -1,4 +1,4 @@
-"""Faults of whole processes under gRPC: deaths at once, poison, overload, bursts, clients that vanish or freeze."""
+"""Faults of whole processes under gRPC: deaths at once, a scheduler that starts over, clients that vanish or freeze."""
 
 from __future__ import annotations
 
@@ -7,46 +7,21 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import grpc
 import grpc.aio
 import pytest
 
 from cluster.processes import environment
+from launch.client import AsyncClient
 from launch.llm import LLM
 from launch.models.tiny_llama import make_tiny_llama
+from pagetable.errors import ServiceError
 from pagetable.sampling import SamplingParams
 from tests.local_service import LENGTH, SMALL, Running, finish, prompts, run, running
 from tests.serving import SECONDS, Stream, is_alive, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-POISON = 301  # a token that no other prompt has
-
-# In the worker's process alone, which takes it from PYTHONPATH: a step that runs the poison's tokens ends the process.
-_BOMB = """
-import os, signal, sys
-if sys.argv[:1] == ["-m"] or "worker" in sys.orig_argv:
-    import importlib.abc, importlib.util
-    class Finder(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path, target=None):
-            if name != "worker.runner":
-                return None
-            sys.meta_path.remove(self)
-            spec = importlib.util.find_spec(name)
-            load = spec.loader.exec_module
-            def exec_module(module):
-                load(module)
-                run = module.Runner.run
-                def bomb(self, plan):
-                    if {token} in plan.tokens:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    return run(self, plan)
-                module.Runner.run = bomb
-            spec.loader.exec_module = exec_module
-            return spec
-    sys.meta_path.insert(0, Finder())
-"""
 
 
 @pytest.fixture(scope="module")
@@ -120,75 +95,34 @@ def test_a_killed_front_ends_its_streams_and_their_pages(model: str, expected: l
     run(scenario())
 
 
-def test_poison_fails_after_two_deaths_and_the_others_go_on(
-    model: str, expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "sitecustomize.py").write_text(_BOMB.replace("{token}", str(POISON)))
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-
+def test_a_scheduler_that_starts_over_learns_the_pages_that_shards_hold(model: str, expected: list[list[int]]) -> None:
     async def scenario() -> None:
-        async with running(model) as it:
-            beside = it.streams()
-            for stream in beside:
-                await stream.reaches(5)
-            poison = Stream(it.channel, [POISON, 9, 9], 5)
-            await poison.task
-            assert poison.failure is grpc.StatusCode.INTERNAL and poison.details.startswith("poison: 2 shards died")
-            assert poison.tokens == []
-            await finish(beside, expected)
-            await until(lambda: len(it.notes) == 4)
-            assert sum("ended by signal 9" in note for note in it.notes) == 2
+        async with running(model) as it, it.client() as client:
+            await finish(it.streams(), expected)
             await it.comes_to_rest()
-
-    run(scenario())
-
-
-def test_four_times_what_the_pools_hold_is_served_in_turn(model: str) -> None:
-    """48 requests that end with 26 blocks each, over two pools of 96 blocks: preempted, never refused."""
-    few = {"num_gpu_blocks_override": 96, "max_model_len": 512, "max_num_seqs": 32}
-    many = [[8 + (7 * index + at) % 290 for at in range(96)] for index in range(48)]
-    params = SamplingParams(temperature=0, max_tokens=320, ignore_eos=True)
-    whole = LLM(model, **{**SMALL, **few, "num_gpu_blocks_override": 2048}).generate(many, params)
-    assert sum(-(-(96 + 320) // 16) for _ in many) > 4 * 2 * 96
-
-    async def scenario() -> None:
-        async with running(model, **few) as it:
-            streams = [Stream(it.channel, prompt, 320) for prompt in many]
-            await finish(streams, [list(output.outputs[0].token_ids) for output in whole])
-            await it.comes_to_rest()
-            assert it.notes == []
-
-    run(scenario())
-
-
-def test_a_burst_beyond_the_bound_is_told_to_try_again_and_the_rest_is_served(model: str) -> None:
-    async def scenario() -> None:
-        async with running(model) as it:
-            pids = {name: part.pid for name, part in it.service.parts.items()}
-            memory = _resident(pids["front"])
-            early = Stream(it.channel, prompts(1)[0], LENGTH)
-            await early.reaches(3)
-            burst = [Stream(it.channel, [8 + index % 250, 9], 2) for index in range(10_000)]
+            before = await _pages(client)
+            assert sum(cached for _, cached, _ in before) >= 4 * (LENGTH // 16)
+            scheduler = it.service.parts["scheduler"].pid
+            os.kill(scheduler, signal.SIGKILL)
+            await until(lambda: it.service.parts["scheduler"].pid != scheduler)
             async with asyncio.timeout(SECONDS):
-                await asyncio.gather(*(stream.task for stream in burst))
-            failures = {stream.failure for stream in burst}
-            assert failures <= {None, grpc.StatusCode.RESOURCE_EXHAUSTED}
-            served = [stream for stream in burst if stream.failure is None]
-            assert len(served) >= 512 and all(len(stream.tokens) == 2 for stream in served)
-            for stream in burst:
-                assert stream.failure is None or "try again" in stream.details
-            await early.task
-            assert len(early.tokens) == LENGTH
-            assert _resident(pids["front"]) - memory < 512 << 20
-            assert {name: part.pid for name, part in it.service.parts.items()} == pids
-            await it.comes_to_rest()
+                while await _pages(client) != before:
+                    await asyncio.sleep(0.05)
+            for prompt, tokens in zip(prompts(4), expected, strict=True):
+                again = Stream(it.channel, prompt, 5)
+                await finish([again], [tokens[:5]])
+                assert again.finished is not None  # it was placed where its pages are
+                assert again.finished.usage.cached_tokens == (len(prompt) - 1) // 16 * 16 > 0
 
     run(scenario())
 
 
-def _resident(pid: int) -> int:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+async def _pages(client: AsyncClient) -> list[tuple[int, int, int]]:
+    """(shard, cached blocks, used blocks); empty while the scheduler does not answer."""
+    try:
+        return [(each.shard_id, each.cached_blocks, each.used_blocks) for each in await client.loads()]
+    except ServiceError:
+        return []
 
 
 _CLIENT = """
