@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels import int8
+
 if TYPE_CHECKING:
     from kernels.ops import Mask, PageList
 
@@ -41,7 +43,7 @@ def check_attend(
                 f"shape of pools[0], {pool.dtype} {tuple(pool.shape)}"
             )
         _layer(layer, other)
-    _rows(q, "q", pool, None)
+    _rows(q, "q", pool, None, float64)
     kv_heads = pool.shape[3]
     if q.shape[1] == 0 or q.shape[1] % kv_heads:
         raise ValueError(f"q: got {q.shape[1]} heads, must be a multiple of the {kv_heads} kv heads")
@@ -103,10 +105,10 @@ def check_write(
     """Raise ValueError where the arguments of `write_kv` break its contract."""
     _pool(pool, "pool", float64)
     _layer(layer, pool)
-    _rows(k, "k", pool, pool.shape[3])
-    _rows(v, "v", pool, pool.shape[3])
-    if v.shape != k.shape:
-        raise ValueError(f"v: got shape {tuple(v.shape)}, must be that of k, {tuple(k.shape)}")
+    _rows(k, "k", pool, pool.shape[3], float64)
+    _rows(v, "v", pool, pool.shape[3], float64)
+    if v.shape != k.shape or v.dtype != k.dtype:
+        raise ValueError(f"v: got {v.dtype} {tuple(v.shape)}, must be as k, {k.dtype} {tuple(k.shape)}")
     _ints(slots, "slots", k.shape[0], torch.int64)
 
 
@@ -124,17 +126,21 @@ def check_range(values: torch.Tensor, name: str, low: int, high: int) -> None:
 
 
 def _pool(pool: torch.Tensor, name: str, float64: bool) -> None:
-    allowed = (torch.float32, torch.bfloat16, torch.float64) if float64 else (torch.float32, torch.bfloat16)
-    if pool.dtype not in allowed:
-        raise ValueError(f"{name}: got {pool.dtype}, must be float32 or bfloat16")
+    if pool.dtype not in (*_kinds(float64), torch.int8):
+        raise ValueError(f"{name}: got {pool.dtype}, must be float32, bfloat16 or int8")
     if pool.dim() != 6 or pool.shape[2] != 2 or 0 in pool.shape[3:]:
         raise ValueError(
             f"{name}: got shape {tuple(pool.shape)}, must be [layers, blocks, 2, kv_heads, block_size, head_dim]"
         )
-    if pool.shape[4] > MAX_BLOCK_SIZE or pool.shape[5] > MAX_HEAD_DIM:
+    if pool.shape[4] > MAX_BLOCK_SIZE or int8.head_dim(pool) > MAX_HEAD_DIM:
         raise ValueError(
-            f"{name}: got block_size {pool.shape[4]} and head_dim {pool.shape[5]}, must be at most "
+            f"{name}: got block_size {pool.shape[4]} and head_dim {int8.head_dim(pool)}, must be at most "
             f"{MAX_BLOCK_SIZE} and {MAX_HEAD_DIM}"
+        )
+    if pool.dtype == torch.int8 and (int8.head_dim(pool) < 1 or pool.shape[4] * int8.head_dim(pool) % int8.SCALE_BYTES):
+        raise ValueError(
+            f"{name}: got block_size {pool.shape[4]} and head_dim {int8.head_dim(pool)}, must have a product that is a "
+            f"multiple of {int8.SCALE_BYTES}, so that the scales behind int8 elements are aligned"
         )
     heads, size, dim = pool.shape[3:]
     # A dimension of length one may report any stride, so only those that matter are compared.
@@ -151,10 +157,17 @@ def _layer(layer: int, pool: torch.Tensor) -> None:
         raise ValueError(f"layer: got {layer}, must be from 0 to {pool.shape[0] - 1}")
 
 
-def _rows(tensor: torch.Tensor, name: str, pool: torch.Tensor, heads: int | None) -> None:
+def _kinds(float64: bool) -> tuple[torch.dtype, ...]:
+    return (torch.float32, torch.bfloat16, torch.float64) if float64 else (torch.float32, torch.bfloat16)
+
+
+def _rows(tensor: torch.Tensor, name: str, pool: torch.Tensor, heads: int | None, float64: bool) -> None:
     """[T, heads, head_dim] with contiguous tokens; the stride from token to token is free (slices of one matrix)."""
-    dim = pool.shape[5]
-    if tensor.dtype != pool.dtype:
+    dim = int8.head_dim(pool)
+    if pool.dtype == torch.int8:
+        if tensor.dtype not in _kinds(float64):
+            raise ValueError(f"{name}: got {tensor.dtype}, must be float32 or bfloat16")
+    elif tensor.dtype != pool.dtype:
         raise ValueError(f"{name}: got {tensor.dtype}, must be the pool's {pool.dtype}")
     if tensor.dim() != 3 or tensor.shape[2] != dim or (heads is not None and tensor.shape[1] != heads):
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, must be [tokens, {heads or 'q_heads'}, {dim}]")

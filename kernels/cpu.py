@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kernels import int8
+
 if TYPE_CHECKING:
     from kernels.ops import Mask, PageList
 
@@ -39,7 +41,8 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("page_block", "page_position", "out", "lse")),
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_rows", "num_pools", "num_entries")),
         *((name, ctypes.c_int64) for name in ("q_heads", "kv_heads", "head_dim", "block_size")),
-        *((name, ctypes.c_int64) for name in ("window", "sinks", "is_bf16", "level", "threads", "deterministic")),
+        *((name, ctypes.c_int64) for name in ("window", "sinks", "is_bf16", "level", "threads")),
+        *((name, ctypes.c_int64) for name in ("is_deterministic", "is_int8")),
         ("scale", ctypes.c_double),
     ]
 
@@ -50,7 +53,8 @@ class _Pages(ctypes.Structure):
     _fields_ = [
         ("base", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("layer_stride", "block_stride", "num_layers", "num_blocks")),
-        *((name, ctypes.c_int64) for name in ("kv_heads", "block_size", "row_bytes", "threads")),
+        *((name, ctypes.c_int64) for name in ("kv_heads", "block_size", "head_dim", "is_bf16", "is_int8")),
+        *((name, ctypes.c_int64) for name in ("level", "threads")),
     ]
 
 
@@ -149,7 +153,7 @@ class Native:
         out = torch.empty(q_THD.shape, dtype=torch.float32)
         lse = torch.empty(q_THD.shape[:2], dtype=torch.float32)
         table = (_Pool * len(pools))(*(_pool(each, layer) for each in pools))
-        kv_heads, block_size, head_dim = pools[0].shape[3:]
+        kv_heads, block_size = pools[0].shape[3:5]
         call = _Call(
             q_THD.data_ptr(),
             q_THD.stride(0),
@@ -168,7 +172,7 @@ class Native:
             pages.block.shape[0],
             q_THD.shape[1],
             kv_heads,
-            head_dim,
+            q_THD.shape[2],
             block_size,
             mask.window,
             mask.sinks,
@@ -176,6 +180,7 @@ class Native:
             self.level,
             torch.get_num_threads(),
             0,
+            int(pools[0].dtype == torch.int8),
             scale,
         )
         message = ctypes.create_string_buffer(MESSAGE_BYTES)
@@ -195,29 +200,30 @@ class Native:
         self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, pool: torch.Tensor, layer: int, slots: torch.Tensor
     ) -> None:
         """See `kernels.ops.write_kv`."""
-        size = pool.element_size()
+        size = k_TKD.element_size()
+        pages = self._pages(pool, k_TKD.dtype)
         message = ctypes.create_string_buffer(MESSAGE_BYTES)
         k, v = (k_TKD.data_ptr(), k_TKD.stride(0) * size), (v_TKD.data_ptr(), v_TKD.stride(0) * size)
         what = (layer, slots.data_ptr(), slots.shape[0])
-        raise_for(self._library.quire_write_kv(_pages(pool), *k, *v, *what, message, MESSAGE_BYTES), message)
+        raise_for(self._library.quire_write_kv(pages, *k, *v, *what, message, MESSAGE_BYTES), message)
 
     def copy_pages(self, pool: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
         """See `kernels.ops.copy_pages`."""
         message = ctypes.create_string_buffer(MESSAGE_BYTES)
         ids = (source.data_ptr(), target.data_ptr(), source.shape[0])
-        raise_for(self._library.quire_copy_pages(_pages(pool), *ids, message, MESSAGE_BYTES), message)
+        raise_for(self._library.quire_copy_pages(self._pages(pool, pool.dtype), *ids, message, MESSAGE_BYTES), message)
+
+    def _pages(self, pool: torch.Tensor, rows: torch.dtype) -> _Pages:
+        size = pool.element_size()
+        strides = (pool.stride(0) * size, pool.stride(1) * size)
+        shape = (pool.shape[0], pool.shape[1], pool.shape[3], pool.shape[4], int8.head_dim(pool))
+        kinds = (int(rows == torch.bfloat16), int(pool.dtype == torch.int8))
+        return _Pages(pool.data_ptr(), *strides, *shape, *kinds, self.level, torch.get_num_threads())
 
 
 def _pool(pool: torch.Tensor, layer: int) -> _Pool:
     size = pool.element_size()
     return _Pool(pool.data_ptr() + layer * pool.stride(0) * size, pool.stride(1) * size, pool.shape[1])
-
-
-def _pages(pool: torch.Tensor) -> _Pages:
-    size = pool.element_size()
-    strides = (pool.stride(0) * size, pool.stride(1) * size)
-    shape = (pool.shape[0], pool.shape[1], pool.shape[3], pool.shape[4], pool.shape[5] * size)
-    return _Pages(pool.data_ptr(), *strides, *shape, torch.get_num_threads())
 
 
 def raise_for(code: int, message: ctypes.Array[ctypes.c_char]) -> None:

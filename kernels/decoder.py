@@ -67,7 +67,8 @@ class _Step(ctypes.Structure):
         *((name, _ADDRESS) for name in ("page_start", "page_block", "page_position", "windows", "num_entries")),
         *((name, _ADDRESS) for name in ("pool", "hidden")),
         *((name, _INT) for name in ("layer_stride", "block_stride", "num_blocks", "block_size")),
-        *((name, _INT) for name in ("num_tokens", "num_rows", "num_windows", "deterministic")),
+        *((name, _INT) for name in ("num_tokens", "num_rows", "num_windows")),
+        *((name, _INT) for name in ("is_deterministic", "is_int8")),
         ("reduce", _ADDRESS),
     ]
 
@@ -296,6 +297,7 @@ class NativeDecoder:
             len(query_start) - 1,
             count,
             int(self._deterministic),
+            int(pool.dtype == torch.int8),
             None if hook is None else ctypes.cast(hook, _ADDRESS),
         )
         message = ctypes.create_string_buffer(cpu.MESSAGE_BYTES)

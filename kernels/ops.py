@@ -2,7 +2,7 @@
 
 A pool is a tensor of logical shape [layers, blocks, 2 (K, V), kv_heads, block_size, head_dim], float32 or bfloat16,
 whose inner four dimensions are contiguous. The strides of layers and blocks are free, so that layer-major and
-page-major pools are the same to a kernel.
+page-major pools are the same to a kernel. A pool of int8 has scales in its pages (`int8.py`).
 
 Backends: `reference.py` (torch, the oracle) and `cpu.py` (C++). Arguments are checked here, ids where they are read.
 """
@@ -102,7 +102,8 @@ def attend(
     from several pools. Memory that no query of a row sees is never read into a result, whatever it holds.
 
     Args:
-        q: [T, q_heads, head_dim], dtype of the pools; head h reads kv head h // (q_heads // kv_heads).
+        q: [T, q_heads, head_dim], dtype of the pools, float32 or bfloat16 where they are int8; head h reads kv head
+            h // (q_heads // kv_heads).
         query_start: int32 [R+1]; row r's tokens are query_start[r] .. query_start[r+1]; from 0 to T.
         pools: pools of one dtype, kv_heads, block_size and head_dim.
         layer: which layer of the pools.
@@ -151,7 +152,7 @@ def write_kv(
     """Write new keys and values into their slots of one layer; `pool` is changed in place.
 
     Args:
-        k, v: [T, kv_heads, head_dim], dtype of the pool.
+        k, v: [T, kv_heads, head_dim], dtype of the pool, float32 or bfloat16 where that is int8.
         slots: int64 [T], block * block_size + offset; a negative slot is skipped. Equal slots in one call are a
             mistake of the caller; which of them stays is not defined.
 

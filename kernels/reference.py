@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels import checks
+from kernels import checks, int8
 
 if TYPE_CHECKING:
     from kernels.ops import Mask, PageList
@@ -65,8 +65,12 @@ class Reference:
         kept = slots >= 0
         block, offset = slots[kept] // size, slots[kept] % size
         checks.check_range(block, "slots // block_size", 0, pool.shape[1])
-        pool[layer, block, 0, :, offset] = k_TKD[kept]
-        pool[layer, block, 1, :, offset] = v_TKD[kept]
+        for which, rows in enumerate((k_TKD[kept], v_TKD[kept])):
+            if pool.dtype == torch.int8:
+                elements, scales = int8.parts(pool[layer, :, which])
+                elements[block, :, offset], scales[block, :, offset] = int8.quantize(rows)
+            else:
+                pool[layer, block, which, :, offset] = rows
 
     def copy_pages(self, pool: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
         """See `kernels.ops.copy_pages`."""
@@ -90,7 +94,9 @@ def _gather(
     keys, values, positions = [], [], []
     for index, pool in enumerate(pools):
         mine = which == index
-        kv = pool[layer, block[mine]].permute(1, 0, 3, 2, 4).flatten(1, 2)
+        chosen = pool[layer, block[mine]]
+        wide = int8.dequantize(chosen) if pool.dtype == torch.int8 else chosen
+        kv = wide.permute(1, 0, 3, 2, 4).flatten(1, 2)
         keys.append(kv[0])
         values.append(kv[1])
         positions.append((position[mine, None] + torch.arange(size)).flatten())

@@ -169,6 +169,9 @@ class EngineConfig:
     dtype: str = setting(
         "auto", "choice", "of weights and pages; auto is the model's own", choices=("auto", "float32", "bfloat16")
     )
+    kv_cache_dtype: str = setting(
+        "auto", "choice", "of pages; auto is that of the weights, int8 takes about half", choices=("auto", "int8")
+    )
     seed: int = setting(0, "int", "for requests that bring no seed", low=0, high=2**63 - 1)
     threads: int | None = setting(
         None, "int", "CPU threads; default: the cores this process may use", low=1, high=1024, optional=True

@@ -13,6 +13,7 @@ from worker.model_config import ModelConfig
 
 _POOL_SHARE = 0.5  # of what is free beside the weights, where nothing sizes the pool
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+_SCALE_BYTES = 4  # of a token and head in int8 pages, as kernels.int8 says
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,11 @@ class MemoryPlan:
             dtype = "float32" if model.dtype == "float32" else "bfloat16"
         element = _ELEMENT_BYTES[dtype]
         weights = element * sum(_product(shape) for shape in model.tensor_shapes().values())
-        block = 2 * model.num_layers * model.num_kv_heads * config.block_size * model.head_dim * element
+        row = model.head_dim + _SCALE_BYTES if config.kv_cache_dtype == "int8" else model.head_dim * element
+        if config.kv_cache_dtype == "int8" and config.block_size * model.head_dim % _SCALE_BYTES:
+            limit = f"stand with a block_size times head_dim ({model.head_dim}) that is a multiple of {_SCALE_BYTES}"
+            raise ConfigError("kv_cache_dtype", "int8", limit, "raise block_size")
+        block = 2 * model.num_layers * model.num_kv_heads * config.block_size * row
         wanted = config.max_model_len if config.max_model_len is not None else model.max_position_embeddings
         if wanted > model.max_position_embeddings:
             limit = f"be at most the model's max_position_embeddings, {model.max_position_embeddings}"
@@ -68,17 +73,19 @@ class MemoryPlan:
             max_num_partial_prefills=config.max_num_partial_prefills,
             enable_prefix_caching=config.enable_prefix_caching,
             deterministic=config.deterministic,
+            kv_cache_dtype=config.kv_cache_dtype,
         )
         return cls(dtype, weights, block, num_blocks, length, clamped, shard)
 
     def describe(self) -> list[str]:
         """The lines that people see at start: weights, pages, tokens, requests that fit."""
         size = self.shard.block_size
+        kind = "" if self.shard.kv_cache_dtype == "auto" else f" of {self.shard.kv_cache_dtype}"
         tokens, pool = self.num_blocks * size, _about(self.num_blocks * self.block_bytes)
         full = self.num_blocks / -(-self.max_model_len // size)
         lines = [
             f"weights {_about(self.weight_bytes)} as {self.dtype}",
-            f"pool {pool}: {self.num_blocks} pages of {size} tokens = {tokens} tokens; {full:.1f} requests of "
+            f"pool {pool}{kind}: {self.num_blocks} pages of {size} tokens = {tokens} tokens; {full:.1f} requests of "
             f"max_model_len {self.max_model_len} fit at once (max_num_seqs {self.shard.max_num_seqs})",
         ]
         if self.clamped:

@@ -53,14 +53,11 @@ def main() -> int:
 
 
 def _build(settings: dict[str, Any]) -> Any:
-
-    import torch
-
     from worker.config import ShardConfig
     from worker.kv_cache import PagedKVCache
     from worker.model_config import ModelConfig
     from worker.server import ShardServer
-    from worker.shard import build_loop, page_identity
+    from worker.shard import build_loop, page_dtype, page_identity
 
     folder = Path(settings["folder"])
     model = ModelConfig.from_folder(folder)
@@ -83,12 +80,12 @@ def _build(settings: dict[str, Any]) -> Any:
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         vocab_size=model.vocab_size,
-        identity=page_identity(model, settings["dtype"]),
+        identity=page_identity(model, config, settings["dtype"]),
         dtype=settings["dtype"],
         device_ids=[settings["device_id"]],
         model=settings["model"],
         eos_token_ids=array("i", model.eos_token_ids).tobytes(),
-        block_bytes=PagedKVCache.bytes_per_block(model, config.block_size, getattr(torch, settings["dtype"])),
+        block_bytes=PagedKVCache.bytes_per_block(model, config.block_size, page_dtype(config, settings["dtype"])),
     )
     return ShardServer(loop, info, bytes.fromhex(settings["secret"]))
 

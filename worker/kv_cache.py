@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kernels import ops
+from kernels import int8, ops
 from kernels.decoder import huge_memory
 from pagetable.errors import ConfigError
 from worker.model_config import ModelConfig
@@ -22,7 +22,7 @@ class PagedKVCache:
     """Keys and values of all layers in blocks of `block_size` tokens.
 
     Attributes:
-        pool: [layers, blocks, 2 (K, V), kv_heads, block_size, head_dim] of `dtype`.
+        pool: [layers, blocks, 2 (K, V), kv_heads, block_size, head_dim] of `dtype`; of int8 as in `kernels.int8`.
     """
 
     def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
@@ -31,7 +31,8 @@ class PagedKVCache:
         Errors: ConfigError where so much memory cannot even be reserved.
         """
         self.num_blocks, self.block_size = num_blocks, block_size
-        shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size, config.head_dim)
+        row = config.head_dim + (int8.SCALE_BYTES if dtype == torch.int8 else 0)
+        shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size, row)
         num_bytes = num_blocks * self.bytes_per_block(config, block_size, dtype)
         try:
             memory = huge_memory(num_bytes)
@@ -44,7 +45,8 @@ class PagedKVCache:
     @staticmethod
     def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
         """Bytes of one block over all layers, K and V."""
-        return 2 * config.num_layers * config.num_kv_heads * block_size * config.head_dim * dtype.itemsize
+        scale = int8.SCALE_BYTES if dtype == torch.int8 else 0
+        return 2 * config.num_layers * config.num_kv_heads * block_size * (config.head_dim * dtype.itemsize + scale)
 
     @property
     def pools(self) -> Sequence[torch.Tensor]:
@@ -60,8 +62,11 @@ class PagedKVCache:
         ops.write_kv(k_TKD, v_TKD, self.pool, layer, slots)
 
     def gather_kv(self, layer: int, blocks: Sequence[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A copy of the first `length` tokens of a table's `blocks`: K and V, each [length, kv_heads, head_dim]."""
+        """A copy of the first `length` tokens of a table's `blocks`: K and V, each [length, kv_heads, head_dim];
+        float32 where the pool is int8."""
         pages = self.pool[layer, torch.tensor(blocks, dtype=torch.int64)]
+        if pages.dtype == torch.int8:
+            pages = int8.dequantize(pages)
         k, v = pages.transpose(2, 3).unbind(1)
         return k.flatten(0, 1)[:length].contiguous(), v.flatten(0, 1)[:length].contiguous()
 

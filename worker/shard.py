@@ -38,18 +38,18 @@ def build_loop(
     """Load a model and everything around it.
 
     Args:
-        dtype: float32 or bfloat16, of weights and pages.
+        dtype: float32 or bfloat16, of weights, and of pages where the configuration names no other.
         device_id: what the entries of this shard's block tables name.
         threads: that work on a step.
         progress: called with (bytes done, bytes in all) while weights load.
     """
     kind: torch.dtype = getattr(torch, dtype)
     decoder = build_model(model, open_weights(folder), kind, threads, progress, deterministic=config.deterministic)
-    cache = PagedKVCache(model, config.num_blocks, config.block_size, kind)
+    cache = PagedKVCache(model, config.num_blocks, config.block_size, page_dtype(config, dtype))
     tables = TableMirror(config.max_num_seqs, -(-config.max_model_len // config.block_size), config.block_size)
     runner = Runner(decoder, cache, tables, Sampler(model.vocab_size, config.max_num_seqs))
     pool = PagePool([BlockAllocator(DeviceId(device_id), config.num_blocks)])
-    return Loop(ShardScheduler(config, pool, page_identity(model, dtype)), runner)
+    return Loop(ShardScheduler(config, pool, page_identity(model, config, dtype)), runner)
 
 
 def build_model(
@@ -75,6 +75,12 @@ def build_model(
     return Decoder(config, weights, dtype, progress)
 
 
-def page_identity(model: ModelConfig, dtype: str) -> bytes:
-    """What besides tokens decides K and V. Two shards of one model and dtype have the same."""
-    return sha256(repr((model, dtype)).encode()).digest()
+def page_dtype(config: ShardConfig, dtype: str) -> torch.dtype:
+    """Of keys and values, where weights have `dtype`."""
+    kind: torch.dtype = getattr(torch, dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype)
+    return kind
+
+
+def page_identity(model: ModelConfig, config: ShardConfig, dtype: str) -> bytes:
+    """What besides tokens decides K and V. Two shards of one model and these dtypes have the same."""
+    return sha256(repr((model, dtype, page_dtype(config, dtype))).encode()).digest()

@@ -30,6 +30,7 @@ struct Call {
     int64_t window, sinks;
     int64_t is_bf16, level, threads;
     int64_t is_deterministic;  // every row is summed in one order, whatever chunk it comes in
+    int64_t is_int8;           // the pages, not q
     double scale;
 };
 
@@ -46,6 +47,13 @@ struct Item {
 constexpr int64_t kDirectRows = 16;  // query rows per kv head from which tiles are quicker than streaming
 constexpr int64_t kDirectHeads = 8;  // most kv heads of a streaming item: runs of memory long enough to prefetch
 constexpr int64_t kTileRows = 512;   // most query rows of a tiled item
+
+// One kv head's keys (or values) of a page: [block_size][head_dim] elements, and behind int8 elements [block_size] float
+// scales, one for each token.
+constexpr int64_t kScaleBytes = 4;
+inline constexpr int64_t head_bytes(int64_t block_size, int64_t head_dim, int64_t element, bool is_int8) {
+    return block_size * (head_dim * element + (is_int8 ? kScaleBytes : 0));
+}
 
 using Kernel = void (*)(const Call&, const Item&, char* scratch);
 

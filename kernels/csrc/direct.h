@@ -166,8 +166,12 @@ struct DirectScratch {  // dimensions padded to whole vectors
     Stream streams[2];
 };
 
-template <class T, class Dot>
+// T: of the queries; K: of keys and values. Products with int8 keys are of their elements; a key's scale multiplies its
+// scores, and a value's scale its weights.
+template <class T, class K, class Dot>
 class Direct {
+    static constexpr bool is_int8 = sizeof(K) == 1;
+
 public:
     Direct(const Call& call, const Item& item, DirectScratch& scratch)
         : call_(call),
@@ -176,7 +180,7 @@ public:
           group_(call.q_heads / call.kv_heads),
           rows_(item.num_tokens * group_),
           dim_(round_up(call.head_dim, W)),
-          head_bytes_(call.block_size * call.head_dim * (int64_t)sizeof(T)),
+          head_bytes_(head_bytes(call.block_size, call.head_dim, sizeof(K), is_int8)),
           value_bytes_(call.kv_heads * head_bytes_) {}
 
     void run() {
@@ -238,12 +242,29 @@ private:
         const int64_t half = stream->num_segments * heads;
         const bool value = index >= half;
         if (value) index -= half;
-        return stream->segments[index / heads].k + (item_.head + index % heads) * head_bytes_ +
-               (value ? value_bytes_ : 0);
+        const Segment& segment = stream->segments[index / heads];
+        const char* const k = segment.k + (item_.head + index % heads) * head_bytes_ + (value ? value_bytes_ : 0);
+        if (is_int8) __builtin_prefetch(scales(segment, k), 0, 3);
+        return k;
+    }
+
+    // Of the segment whose first key (or value) of some head is at `k`.
+    const char* scales(const Segment& segment, const char* k) const {
+        return k + (call_.block_size - segment.offset) * call_.head_dim + segment.offset * kScaleBytes;
+    }
+
+    // Multiplies what the query rows of a head have for the segment's keys by their scales.
+    void rescale(const Segment& segment, const char* k, float* scores) const {
+        const float* const factors = (const float*)scales(segment, k);
+        for (int64_t row = 0; row < rows_; row++, scores += kStream) {
+            int64_t n = 0;
+            for (; n + W <= segment.count; n += W) store(scores + n, load(scores + n) * load(factors + n));
+            for (; n < segment.count; n++) scores[n] *= factors[n];
+        }
     }
 
     int64_t steps_ahead(const Stream& now) const {
-        const int64_t mean = now.num_keys * call_.head_dim * (int64_t)sizeof(T) / now.num_segments;
+        const int64_t mean = now.num_keys * call_.head_dim * (int64_t)sizeof(K) / now.num_segments;
         return greater<int64_t>(2, kAheadBytes / mean);
     }
 
@@ -255,7 +276,7 @@ private:
             const int64_t count = now.segments[s].count;
             for (int64_t head = 0; head < item_.num_heads; head++, index++) {
                 const char* next = ahead(now, later, index, steps);
-                const T* k = (const T*)(now.segments[s].k + (item_.head + head) * head_bytes_);
+                const K* k = (const K*)(now.segments[s].k + (item_.head + head) * head_bytes_);
                 by_rows(rows_, [&](int64_t r, auto R) __attribute__((always_inline)) {
                     const int64_t row = head * rows_ + r;
                     float* scores = scratch_.scores + row * kStream + first;
@@ -266,6 +287,7 @@ private:
                         score_rows<Floats<float>, R.value>(widen(k, count, r), count, scratch_.q + row * dim_, dim_,
                                                            scores, fetch);
                 });
+                if (is_int8) rescale(now.segments[s], (const char*)k, scratch_.scores + head * rows_ * kStream + first);
             }
         }
     }
@@ -277,7 +299,8 @@ private:
             const int64_t count = now.segments[s].count;
             for (int64_t head = 0; head < item_.num_heads; head++, index++) {
                 const char* next = ahead(now, later, index, steps);
-                const T* v = (const T*)(now.segments[s].k + value_bytes_ + (item_.head + head) * head_bytes_);
+                const K* v = (const K*)(now.segments[s].k + value_bytes_ + (item_.head + head) * head_bytes_);
+                if (is_int8) rescale(now.segments[s], (const char*)v, scratch_.scores + head * rows_ * kStream + first);
                 by_rows(rows_, [&](int64_t r, auto R) __attribute__((always_inline)) {
                     const int64_t row = head * rows_ + r;
                     const float* p = scratch_.scores + row * kStream + first;
@@ -293,7 +316,7 @@ private:
     }
 
     // A head_dim that is not whole vectors: a copy padded with zeros, made once for the first of the query rows.
-    const float* widen(const T* from, int64_t count, int64_t row) {
+    const float* widen(const K* from, int64_t count, int64_t row) {
         if (row == 0) {
             for (int64_t n = 0; n < count; n++) {
                 float* to = scratch_.widened + n * dim_;
@@ -335,14 +358,16 @@ private:
 };
 
 static void direct_f32(const Call& call, const Item& item, char* scratch) {
-    Direct<float, Floats<float>>(call, item, *(DirectScratch*)scratch).run();
+    if (call.is_int8) return Direct<float, int8, Floats<int8>>(call, item, *(DirectScratch*)scratch).run();
+    Direct<float, float, Floats<float>>(call, item, *(DirectScratch*)scratch).run();
 }
 
 static void direct_bf16(const Call& call, const Item& item, char* scratch) {
+    if (call.is_int8) return Direct<bf16, int8, Floats<int8>>(call, item, *(DirectScratch*)scratch).run();
 #if defined(__AVX512BF16__)
-    if (Pairs::allows(call.head_dim)) return Direct<bf16, Pairs>(call, item, *(DirectScratch*)scratch).run();
+    if (Pairs::allows(call.head_dim)) return Direct<bf16, bf16, Pairs>(call, item, *(DirectScratch*)scratch).run();
 #endif
-    Direct<bf16, Floats<bf16>>(call, item, *(DirectScratch*)scratch).run();
+    Direct<bf16, bf16, Floats<bf16>>(call, item, *(DirectScratch*)scratch).run();
 }
 
 }  // namespace quire::QUIRE_LEVEL

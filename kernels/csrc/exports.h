@@ -11,8 +11,9 @@ struct Pages {
     char* base;
     int64_t layer_stride, block_stride;
     int64_t num_layers, num_blocks;
-    int64_t kv_heads, block_size, row_bytes;  // row: head_dim elements
-    int64_t threads;
+    int64_t kv_heads, block_size, head_dim;
+    int64_t is_bf16, is_int8;  // of the rows that are written; of the pool
+    int64_t level, threads;
 };
 
 }  // namespace quire
@@ -26,7 +27,8 @@ QUIRE_EXPORT int64_t quire_attend(const quire::Call* call, char* message, int64_
 QUIRE_EXPORT void quire_merge(const float* outs, const float* lses, int64_t parts, int64_t rows, int64_t dim,
                               float* out, float* lse, int64_t threads);
 
-// k, v: num_tokens rows of kv_heads * row_bytes, k_stride and v_stride bytes apart. Nothing is written on a mistake.
+// k, v: num_tokens rows of kv_heads * head_dim elements, k_stride and v_stride bytes apart. Nothing is written on a
+// mistake.
 QUIRE_EXPORT int64_t quire_write_kv(const quire::Pages* pages, const char* k, int64_t k_stride, const char* v,
                                     int64_t v_stride, int64_t layer, const int64_t* slots, int64_t num_tokens,
                                     char* message, int64_t size);

@@ -4,6 +4,7 @@
 
 #include "exports.h"
 #include "merge.h"
+#include "step.h"
 
 namespace {
 
@@ -22,6 +23,11 @@ bool outside(const int32_t* ids, int64_t count, int64_t num_blocks, const char* 
     return false;
 }
 
+int64_t head_size(const quire::Pages& pages) {
+    const int64_t element = pages.is_int8 ? 1 : pages.is_bf16 ? 2 : 4;
+    return quire::head_bytes(pages.block_size, pages.head_dim, element, pages.is_int8);
+}
+
 }  // namespace
 
 void quire_merge(const float* outs, const float* lses, int64_t parts, int64_t rows, int64_t dim, float* out,
@@ -34,7 +40,14 @@ void quire_merge(const float* outs, const float* lses, int64_t parts, int64_t ro
 
 int64_t quire_write_kv(const quire::Pages* pages, const char* k, int64_t k_stride, const char* v, int64_t v_stride,
                        int64_t layer, const int64_t* slots, int64_t num_tokens, char* message, int64_t size) {
-    const int64_t num_slots = pages->num_blocks * pages->block_size, row = pages->row_bytes;
+    const quire::Level* const level = quire::level_of(pages->level);
+    if (!level) {
+        std::snprintf(message, (size_t)size, "level %lld is not built", (long long)pages->level);
+        return 1;
+    }
+    const auto quantize = (pages->is_bf16 ? level->step_bf16 : level->step_f32)->quantize;
+    const int64_t num_slots = pages->num_blocks * pages->block_size, dim = pages->head_dim;
+    const int64_t row = dim * (pages->is_bf16 ? 2 : 4);
     for (int64_t t = 0; t < num_tokens; t++) {
         if (slots[t] < num_slots) continue;
         std::snprintf(message, (size_t)size, "slots[%lld]: got %lld, must be below %lld", (long long)t,
@@ -42,15 +55,24 @@ int64_t quire_write_kv(const quire::Pages* pages, const char* k, int64_t k_strid
         return 1;
     }
     char* const base = pages->base + layer * pages->layer_stride;
-    const int64_t head_bytes = pages->block_size * row, value_at = pages->kv_heads * head_bytes;
+    const int64_t head_bytes = head_size(*pages), value_at = pages->kv_heads * head_bytes;
+    const int64_t to_row = pages->is_int8 ? dim : row;
     const int team = threads_for(num_tokens * pages->kv_heads * row * 2, pages->threads);
 #pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
     for (int64_t t = 0; t < num_tokens; t++) {
         if (slots[t] < 0) continue;
-        char* const to = base + slots[t] / pages->block_size * pages->block_stride + slots[t] % pages->block_size * row;
+        const int64_t offset = slots[t] % pages->block_size;
+        char* const page = base + slots[t] / pages->block_size * pages->block_stride;
+        char* const scales = page + pages->block_size * dim + offset * quire::kScaleBytes;
         for (int64_t head = 0; head < pages->kv_heads; head++) {
-            std::memcpy(to + head * head_bytes, k + t * k_stride + head * row, (size_t)row);
-            std::memcpy(to + value_at + head * head_bytes, v + t * v_stride + head * row, (size_t)row);
+            for (const bool is_value : {false, true}) {
+                const char* const from = (is_value ? v + t * v_stride : k + t * k_stride) + head * row;
+                const int64_t at = head * head_bytes + is_value * value_at;
+                if (pages->is_int8)
+                    quantize(from, dim, page + at + offset * to_row, scales + at);
+                else
+                    std::memcpy(page + at + offset * to_row, from, (size_t)row);
+            }
         }
     }
     return 0;
@@ -61,7 +83,7 @@ int64_t quire_copy_pages(const quire::Pages* pages, const int32_t* source, const
     if (outside(source, count, pages->num_blocks, "source", message, size) ||
         outside(target, count, pages->num_blocks, "target", message, size))
         return 1;
-    const int64_t bytes = 2 * pages->kv_heads * pages->block_size * pages->row_bytes;
+    const int64_t bytes = 2 * pages->kv_heads * head_size(*pages);
     const int team = threads_for(pages->num_layers * count * bytes, pages->threads);
     // Each layer goes through the list in order, so that a chain of copies means what it says.
 #pragma omp parallel for schedule(static) num_threads(team) if (team > 1)

@@ -117,6 +117,55 @@ static void rotate_head(const float* x, const float* weight, double eps, const f
     }
 }
 
+// One token's key or value of one head as int8 and a scale, symmetric: x is about to[i] * *scale, at most half a scale
+// off. It depends on that row alone. A row with a value that is not finite comes back as NaN.
+static void quantize(const float* x, int64_t count, int8* to, float* scale) {
+    F best = {}, bad = {};
+    int64_t i = 0;
+    for (; i < count; i += W) {
+        const F v = i + W <= count ? load(x + i) : load_some(x + i, count - i);
+        best = max(v < 0.f ? -v : v, best);
+        bad += v - v;
+    }
+    const float top = highest(best), poison = sum(bad);
+    const float inverse = top > 1e-30f && poison == 0.f ? 127.f / top : 0.f;
+    const float factor = (inverse == 0.f ? 0.f : top / 127.f) + poison;
+    __builtin_memcpy(scale, &factor, sizeof factor);
+    const F magic = set1(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+    for (i = 0; i < count; i += W) {
+        const int64_t n = lesser<int64_t>(W, count - i);
+        const F v = n == W ? load(x + i) : load_some(x + i, n);
+        const I all = (I)((inverse == 0.f ? F{} : v * inverse) + magic) - (I)magic;
+#if QUIRE_WIDTH == 16
+        const __m128i lanes = _mm512_cvtepi32_epi8((__m512i)all);
+#else
+        typedef int8 B __attribute__((vector_size(W)));
+        const B lanes = __builtin_convertvector(all, B);
+#endif
+        __builtin_memcpy(to + i, &lanes, (size_t)n);
+    }
+}
+
+template <class T>
+static void quantize_row(const char* x, int64_t count, char* to, char* scale) {
+    alignas(64) float row[256];  // the largest head_dim
+    each((const T*)x, count, row, [](F v, int64_t, int64_t) __attribute__((always_inline)) { return v; });
+    quantize(row, count, (int8*)to, (float*)scale);
+}
+
+// The K and V of a token as int8: `x` is its first key before norm and rotation.
+static void write_int8(const Rotation& r, const float* x, const float* angles, int64_t block, int64_t offset) {
+    const int64_t dim = r.head_dim, size = head_bytes(r.block_size, dim, 1, true);
+    char* page = r.pool + block * r.block_stride;
+    alignas(64) float row[256];
+    for (int64_t head = 0; head < 2 * r.kv_heads; head++, x += dim, page += size) {
+        const bool is_key = head < r.kv_heads;
+        if (is_key) rotate_head(x, r.k_norm, r.eps, angles, dim, row);
+        quantize(is_key ? row : x, dim, (int8*)page + offset * dim,
+                 (float*)(page + r.block_size * dim + offset * kScaleBytes));
+    }
+}
+
 template <class T>
 static void rotate(const Rotation& r, int64_t token) {
     const int64_t dim = r.head_dim;
@@ -127,6 +176,7 @@ static void rotate(const Rotation& r, int64_t token) {
         rotate_head(x, r.q_norm, r.eps, angles, dim, q);
     if (r.slots[token] < 0) return;
     const int64_t block = r.slots[token] / r.block_size, offset = r.slots[token] % r.block_size;
+    if (r.is_int8) return write_int8(r, x, angles, block, offset);
     T* k = (T*)(r.pool + block * r.block_stride) + offset * dim;
     T* v = k + r.kv_heads * r.block_size * dim;
     for (int64_t head = 0; head < r.kv_heads; head++, x += dim, k += r.block_size * dim)

@@ -8,6 +8,7 @@ namespace quire::QUIRE_LEVEL {
 struct Segment {
     const char* k;     // the run's first key of kv head 0
     int64_t position;  // of that key
+    int64_t offset;    // of that key in its page
     int64_t count;
 };
 
@@ -19,7 +20,7 @@ public:
           end_(item.entry_end),
           first_query_(item.position),
           last_query_(item.position + item.num_tokens - 1),
-          row_bytes_(call.head_dim * (call.is_bf16 ? 2 : 4)) {}
+          row_bytes_(call.head_dim * (call.is_int8 ? 1 : call.is_bf16 ? 2 : 4)) {}
 
     // The next run, of at most `room` keys, and not beyond a position that is a multiple of `cut`; false at the end.
     bool next(Segment& segment, int64_t room, int64_t cut = INT64_MAX) {
@@ -28,7 +29,8 @@ public:
         }
         segment.position = begin_;
         segment.count = lesser(lesser(room, stop_ - begin_), cut - begin_ % cut);
-        segment.k = page_ + (begin_ - page_position_) * row_bytes_;
+        segment.offset = begin_ - page_position_;
+        segment.k = page_ + segment.offset * row_bytes_;
         begin_ += segment.count;
         return true;
     }

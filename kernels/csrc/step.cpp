@@ -162,6 +162,7 @@ private:
         call.level = model_.level;
         call.threads = team_.size();
         call.is_deterministic = step_.is_deterministic;
+        call.is_int8 = step_.is_int8;
         call.scale = 1.0 / std::sqrt((double)model_.head_dim);
         return call;
     }
@@ -268,7 +269,7 @@ private:
         const Rotation rotation{qkv_,           angles_,        layer.q_norm,      layer.k_norm,
                                 q_,             step_.pool + index * step_.layer_stride,
                                 step_.block_stride, step_.slots, model_.q_heads,   model_.kv_heads,
-                                model_.head_dim, step_.block_size, model_.eps};
+                                model_.head_dim, step_.block_size, step_.is_int8,  model_.eps};
         rows(phase, [&](int64_t row) { kernels_.rotate(rotation, row); });
     }
 

@@ -50,7 +50,7 @@ struct Rotation {
     char* pool;  // block 0 of the layer
     int64_t block_stride;
     const int64_t* slots;
-    int64_t q_heads, kv_heads, head_dim, block_size;
+    int64_t q_heads, kv_heads, head_dim, block_size, is_int8;
     double eps;
 };
 
@@ -63,6 +63,7 @@ struct StepKernels {
     void (*widen)(const char* x, int64_t columns, float* to);
     void (*rotate)(const Rotation&, int64_t token);
     void (*add)(const float* x, int64_t columns, float* to);
+    void (*quantize)(const char* x, int64_t columns, char* to, char* scale);
 };
 
 // Mirrored by decoder.py from here on.
@@ -105,6 +106,7 @@ struct Step {
     int64_t layer_stride, block_stride, num_blocks, block_size;
     int64_t num_tokens, num_rows, num_windows;
     int64_t is_deterministic;
+    int64_t is_int8;  // the pool
     Reduce reduce;  // null: one rank
 };
 

@@ -6,6 +6,7 @@
 // packed, once per item, and for bfloat16 products the values in pairs of keys.
 #pragma once
 #include "multiply.h"
+#include "rows.h"
 #include "segments.h"
 
 namespace quire::QUIRE_LEVEL {
@@ -26,12 +27,17 @@ struct TiledScratch {  // 32 bits per element, whatever the word
     alignas(64) float top[kTileRows], total[kTileRows], factor[kTileRows];
     alignas(64) int32_t position[kTileRows];
     const char* key_at[kKeys];
+    int32_t key_offset[kKeys];  // in its page
+    alignas(64) float key_scale[kKeys], value_scale[kKeys];
     int32_t key_position[kKeys];
 };
 
-template <class T, class Words>
+// T: of the queries; K: of keys and values. Words are made of int8 elements as they are, exactly; a key's scale multiplies
+// its scores, and a value's scale its weights.
+template <class T, class K, class Words>
 class Tiled {
     using Word = typename Words::Word;
+    static constexpr bool is_int8 = sizeof(K) == 1;
     static constexpr int64_t per_word = Words::per_word;
 
 public:
@@ -43,7 +49,7 @@ public:
           rows_(item.num_tokens * group_),
           dim_(round_up(call.head_dim, W)),
           words_((call.head_dim + per_word - 1) / per_word),
-          head_bytes_(call.block_size * call.head_dim * (int64_t)sizeof(T)),
+          head_bytes_(head_bytes(call.block_size, call.head_dim, sizeof(K), is_int8)),
           value_bytes_(call.kv_heads * head_bytes_) {}
 
     void run() {
@@ -69,14 +75,25 @@ public:
 
 private:
     static Word word_of(float x) { return x; }
+    static Word word_of(int8 x) { return x; }  // where words are floats
     static Word word_of(bf16 x) { return per_word == 2 ? (Word)x : (Word)to_float(x); }
     static Word pair_of(bf16 low, bf16 high) { return (uint32_t)low | (uint32_t)high << 16; }
+    static Word pair_of(int8 low, int8 high) { return pair_of(bits_of(low), bits_of(high)); }
     static Word pair_of(float low, float) { return low; }  // never called
+    static bf16 bits_of(float x) {  // of a float that is a bfloat16
+        uint32_t bits;
+        __builtin_memcpy(&bits, &x, sizeof bits);
+        return (bf16)(bits >> 16);
+    }
+    static U bits_at(const bf16* p) { return load_bits(p); }
+    static U bits_at(const int8* p) { return (U)load(p) >> 16; }
+    static U bits_at(const float* p) { return (U)load(p); }  // never called
 
     // Word `w` of a row of head_dim values; a last half pair is filled with zero.
-    Word word_at(const T* row, int64_t w) const {
+    template <class Element>
+    Word word_at(const Element* row, int64_t w) const {
         if (per_word == 1) return word_of(row[w]);
-        return pair_of(row[2 * w], 2 * w + 1 < call_.head_dim ? row[2 * w + 1] : (T)0);
+        return pair_of(row[2 * w], 2 * w + 1 < call_.head_dim ? row[2 * w + 1] : (Element)0);
     }
 
     void load_queries() {
@@ -109,18 +126,23 @@ private:
         }
         for (int64_t n = 0; n < segment.count; n++, num_keys_++) {
             scratch_.key_at[num_keys_] =
-                segment.k + item_.head * head_bytes_ + n * call_.head_dim * (int64_t)sizeof(T);
+                segment.k + item_.head * head_bytes_ + n * call_.head_dim * (int64_t)sizeof(K);
+            scratch_.key_offset[num_keys_] = (int32_t)(segment.offset + n);
             scratch_.key_position[num_keys_] = (int32_t)(segment.position + n);
         }
     }
 
-    const T* key(int64_t n) const { return scratch_.key_at[n] ? (const T*)scratch_.key_at[n] : zeros(); }
-    const T* value(int64_t n) const {
-        return scratch_.key_at[n] ? (const T*)(scratch_.key_at[n] + value_bytes_) : zeros();
+    const K* key(int64_t n) const { return scratch_.key_at[n] ? (const K*)scratch_.key_at[n] : zeros(); }
+    const K* value(int64_t n) const {
+        return scratch_.key_at[n] ? (const K*)(scratch_.key_at[n] + value_bytes_) : zeros();
     }
-    static const T* zeros() {
-        alignas(64) static const T row[kMaxDim] = {};
+    static const K* zeros() {
+        alignas(64) static const K row[kMaxDim] = {};
         return row;
+    }
+    float scale_of(int64_t n, const K* row) const {
+        const int64_t offset = scratch_.key_offset[n];
+        return *(const float*)((const char*)row + (call_.block_size - offset) * call_.head_dim + offset * kScaleBytes);
     }
 
     void gather() {
@@ -128,6 +150,10 @@ private:
         highest_ = 0;
         for (int64_t n = 0; n < num_keys_; n++) {
             copy_key((Word*)scratch_.k + n * words_, key(n));
+            if (is_int8) {
+                scratch_.key_scale[n] = scratch_.key_at[n] ? scale_of(n, key(n)) : 0.f;
+                scratch_.value_scale[n] = scratch_.key_at[n] ? scale_of(n, value(n)) : 0.f;
+            }
             if (scratch_.key_position[n] == kNowhere) continue;
             lowest_ = lesser(lowest_, scratch_.key_position[n]);
             highest_ = greater(highest_, scratch_.key_position[n]);
@@ -136,24 +162,27 @@ private:
             copy_values((Word*)scratch_.v + n / per_word * dim_, value(n), n + 1 < num_keys_ ? value(n + 1) : nullptr);
     }
 
-    void copy_key(Word* to, const T* from) {
-        if constexpr (sizeof(T) * per_word == sizeof(Word)) {  // the words lie there already
-            __builtin_memcpy(to, from, call_.head_dim * sizeof(T));
+    void copy_key(Word* to, const K* from) {
+        if constexpr (sizeof(K) * per_word == sizeof(Word)) {  // the words lie there already
+            __builtin_memcpy(to, from, call_.head_dim * sizeof(K));
             if (call_.head_dim % per_word) to[words_ - 1] = word_at(from, words_ - 1);
+        } else if constexpr (per_word == 2) {
+            each(from, call_.head_dim, (bf16*)to, [](F v, int64_t, int64_t) __attribute__((always_inline)) { return v; });
+            pad((bf16*)to, call_.head_dim);
         } else {
             copy_values(to, from, nullptr);
         }
     }
 
     // One row of words from the values of one key, or of a pair of keys (of which the second may be missing).
-    void copy_values(Word* to, const T* low, const T* high) {
+    void copy_values(Word* to, const K* low, const K* high) {
         int64_t d = 0;
         if constexpr (per_word == 2) {
             for (; high && d + W <= call_.head_dim; d += W) {
-                const U pairs = load_bits(low + d) | load_bits(high + d) << 16;
+                const U pairs = bits_at(low + d) | bits_at(high + d) << 16;
                 __builtin_memcpy(to + d, &pairs, sizeof pairs);
             }
-            for (; d < call_.head_dim; d++) to[d] = pair_of(low[d], high ? high[d] : (T)0);
+            for (; d < call_.head_dim; d++) to[d] = pair_of(low[d], high ? high[d] : (K)0);
         } else {
             for (; d + W <= call_.head_dim; d += W) store(to + d, load(low + d));
             for (; d < call_.head_dim; d++) to[d] = word_of(low[d]);
@@ -172,12 +201,18 @@ private:
         multiply_all<Words, false>((const Word*)scratch_.k, words_, 1, used_, q, kLanes, vectors * W,
                                    words_, scratch_.scores, kLanes, nullptr);
         for (int64_t v = 0; v < vectors; v++) {
+            if (is_int8) rescale(scratch_.scores + v * W);
             if (masked) hide(row + v * W, scratch_.scores + v * W);
             softmax(row + v * W, scratch_.scores + v * W);
         }
         const int64_t depth = (used_ + per_word - 1) / per_word;
         multiply_all<Words, true>((const Word*)scratch_.scores, 1, kLanes, lanes, (const Word*)scratch_.v,
                                   dim_, dim_, depth, scratch_.out + row * dim_, dim_, scratch_.factor + row);
+    }
+
+    void rescale(float* scores) {
+        for (int64_t n = 0; n < used_; n++)
+            store(scores + n * kLanes, load(scores + n * kLanes) * scratch_.key_scale[n]);
     }
 
     void hide(int64_t row, float* scores) {
@@ -243,7 +278,7 @@ private:
         if constexpr (per_word == 1) {
             for (int64_t n = 0; n < used_; n++) {
                 const F weight = weigh_one(scores + n * kLanes, scale, base);
-                store(scores + n * kLanes, weight);
+                store(scores + n * kLanes, is_int8 ? weight * scratch_.value_scale[n] : weight);
                 added += weight;
             }
         } else {
@@ -253,10 +288,14 @@ private:
             const __m512i pairs = pair_order();
             F more = {};
             for (int64_t n = 0; n < used_; n += 2) {
-                const F low = exp2_neg(load(scores + n * kLanes) * scale2 - base2);
-                const F high = n + 1 < used_ ? exp2_neg(load(scores + (n + 1) * kLanes) * scale2 - base2) : F{};
+                F low = exp2_neg(load(scores + n * kLanes) * scale2 - base2);
+                F high = n + 1 < used_ ? exp2_neg(load(scores + (n + 1) * kLanes) * scale2 - base2) : F{};
                 added += low;
                 more += high;
+                if (is_int8) {
+                    low *= scratch_.value_scale[n];
+                    high *= n + 1 < used_ ? scratch_.value_scale[n + 1] : 0.f;
+                }
                 const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
                 _mm512_storeu_si512(scores + n / 2 * kLanes, _mm512_permutexvar_epi16(pairs, both));
             }
@@ -291,14 +330,17 @@ private:
 };
 
 static void tiled_f32(const Call& call, const Item& item, char* scratch) {
-    Tiled<float, FloatWords>(call, item, *(TiledScratch*)scratch).run();
+    if (call.is_int8) return Tiled<float, int8, FloatWords>(call, item, *(TiledScratch*)scratch).run();
+    Tiled<float, float, FloatWords>(call, item, *(TiledScratch*)scratch).run();
 }
 
 static void tiled_bf16(const Call& call, const Item& item, char* scratch) {
 #if defined(__AVX512BF16__)
-    Tiled<bf16, PairWords>(call, item, *(TiledScratch*)scratch).run();
+    if (call.is_int8) return Tiled<bf16, int8, PairWords>(call, item, *(TiledScratch*)scratch).run();
+    Tiled<bf16, bf16, PairWords>(call, item, *(TiledScratch*)scratch).run();
 #else
-    Tiled<bf16, FloatWords>(call, item, *(TiledScratch*)scratch).run();
+    if (call.is_int8) return Tiled<bf16, int8, FloatWords>(call, item, *(TiledScratch*)scratch).run();
+    Tiled<bf16, bf16, FloatWords>(call, item, *(TiledScratch*)scratch).run();
 #endif
 }
 

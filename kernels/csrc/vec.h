@@ -11,6 +11,7 @@
 namespace quire::QUIRE_LEVEL {
 
 using bf16 = uint16_t;
+using int8 = int8_t;
 constexpr int W = QUIRE_WIDTH;
 typedef float F __attribute__((vector_size(W * 4)));
 typedef int32_t I __attribute__((vector_size(W * 4)));
@@ -47,8 +48,21 @@ QUIRE_INLINE U load_bits(const bf16* p) {
 #endif
 }
 QUIRE_INLINE F load(const bf16* p) { return (F)(load_bits(p) << 16); }
+QUIRE_INLINE F load(const int8* p) {
+#if QUIRE_WIDTH == 16
+    return (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif QUIRE_WIDTH == 8
+    return (F)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    typedef int8 B __attribute__((vector_size(W)));
+    B b;
+    __builtin_memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(b, F);
+#endif
+}
 QUIRE_INLINE void store(float* p, F v) { __builtin_memcpy(p, &v, sizeof v); }
 QUIRE_INLINE float to_float(float x) { return x; }
+QUIRE_INLINE float to_float(int8 x) { return x; }
 QUIRE_INLINE float to_float(bf16 x) {
     const uint32_t bits = (uint32_t)x << 16;
     float y;

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from kernels import cpu
 from launch.llm import LLM, RequestOutput
 from pagetable.errors import QuireError
 from pagetable.sampling import SamplingParams
@@ -196,6 +197,21 @@ def test_random_tokens_depend_on_seed_sample_and_position_alone(small: Path) -> 
     assert crowded.loop.scheduler.num_preemptions > 0
     assert [s.token_ids for s in found.outputs] == [s.token_ids for s in alone.outputs]
     assert len({tuple(s.token_ids) for s in alone.outputs}) == 3
+
+
+@pytest.mark.skipif(not cpu.levels(), reason="the native kernels are not built")
+def test_int8_pages_change_no_token_when_shared_preempted_or_computed_again(small: Path) -> None:
+    """A page's bytes are what its tokens say, whoever writes them and however often."""
+    prompts = [drawn(3, 64) + drawn(60 + i, 5 + 9 * i) for i in range(7)]
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    settings = {"kv_cache_dtype": "int8", "deterministic": True}
+    alone = [open_small(small, **settings).generate([prompt], params)[0] for prompt in prompts]
+    crowded = open_small(small, num_gpu_blocks_override=26, max_num_batched_tokens=40, max_num_seqs=6, **settings)
+    found = crowded.generate(prompts, params)
+    assert crowded.loop.scheduler.num_preemptions > 0
+    assert sum(output.num_cached_tokens for output in found) >= 64
+    for ours, theirs in zip(found, alone, strict=True):
+        assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
 
 
 def test_logprobs_and_prompt_logprobs_equal_transformers(small: Path) -> None:

@@ -58,7 +58,7 @@ struct Weights {  // exact sizes on the heap, so that a read beyond is seen
     }
 };
 
-bool run(int64_t level, bool bf16, bool deterministic) {
+bool run(int64_t level, bool bf16, bool deterministic, bool int8) {
     const int64_t hidden = 45, heads = 6, kv_heads = 2, dim = 34, intermediate = 37, vocab = 83, layers = 2, block = 4;
     Weights weights{{}, bf16};
     std::vector<Layer> layer(layers);
@@ -75,7 +75,8 @@ bool run(int64_t level, bool bf16, bool deterministic) {
                       intermediate, vocab, bf16, level, 1e-5, 1.0};
     // rows: a long prefill, a short one, decodes with a past; every past is computed first as a prefill of its own
     const std::vector<int64_t> lengths = {97, 5, 1, 23, 1};
-    const int64_t blocks = 64, element = bf16 ? 2 : 4, block_bytes = 2 * kv_heads * block * dim * element;
+    const int64_t blocks = 64, element = int8 ? 1 : bf16 ? 2 : 4;
+    const int64_t block_bytes = 2 * kv_heads * head_bytes(block, dim, element, int8);
     std::vector<std::vector<float>> results;
     for (int64_t threads : {1, 2, 3}) {
         std::unique_ptr<char[]> pool(new char[layers * blocks * block_bytes]());
@@ -113,7 +114,7 @@ bool run(int64_t level, bool bf16, bool deterministic) {
             const Step step{tokens.data(), positions.data(), slots.data(), query_start.data(), first.data(), starts,
                             page_ids, page_at, windows, entries, pool.get(), hidden_rows.data(),
                             blocks * block_bytes, block_bytes, blocks, block, count, (int64_t)lengths.size(), 2,
-                            deterministic, nullptr};
+                            deterministic, int8, nullptr};
             char message[200] = "";
             if (quire_forward(engine, &model, &step, message, sizeof message)) {
                 std::fprintf(stderr, "forward: %s\n", message);
@@ -136,7 +137,7 @@ bool run(int64_t level, bool bf16, bool deterministic) {
     for (auto& each : results)
         for (size_t i = 0; i < each.size(); i++)
             if (each[i] != results[0][i]) {
-                std::fprintf(stderr, "level %d bf16 %d: teams differ at %zu\n", (int)level, bf16, i);
+                std::fprintf(stderr, "level %d bf16 %d int8 %d: teams differ at %zu\n", (int)level, bf16, int8, i);
                 return false;
             }
     return true;
@@ -148,7 +149,8 @@ int main() {
     for (int64_t level = 0; level < 3; level++)
         for (int bf16 = 0; bf16 < 2; bf16++)
             for (int deterministic = 0; deterministic < 2; deterministic++)
-                if ((quire_levels() >> level & 1) && !run(level, bf16, deterministic)) return 1;
+                for (int int8 = 0; int8 < 2; int8++)
+                    if ((quire_levels() >> level & 1) && !run(level, bf16, deterministic, int8)) return 1;
     std::puts("equal");
     return 0;
 }
