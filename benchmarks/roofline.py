@@ -96,20 +96,24 @@ class Ceilings:
 
 
 class Probe:
-    """Measures the ceilings, with torch and its present number of threads."""
+    """Measures the ceilings, with torch."""
 
-    def __init__(self, dtype: torch.dtype, num_bytes: int = 1 << 28, size: int = 2048) -> None:
+    def __init__(self, dtype: torch.dtype, threads: int, num_bytes: int = 1 << 28, size: int = 2048) -> None:
         """Args:
         num_bytes: that are read; more than the caches hold.
         size: of the square matrices that are multiplied.
         """
+        self._threads = threads
         self._words = torch.ones(num_bytes // 4)
         self._left, self._right = (torch.randn(size, size).to(dtype) for _ in range(2))
 
     def measure(self) -> Ceilings:
+        before = torch.get_num_threads()  # one, where an engine has threads of its own
+        torch.set_num_threads(self._threads)
         wall, cpu = _best(self._words.sum)
         num_bytes = 4 * self._words.numel()
         gemm_wall, gemm_cpu = _best(lambda: self._left @ self._right)
+        torch.set_num_threads(before)
         flops = 2 * self._left.shape[0] ** 3
         return Ceilings(num_bytes / wall, flops / gemm_wall, num_bytes / cpu, flops / gemm_cpu)
 

@@ -28,7 +28,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from launch.config import EngineConfig
 from launch.machine import CpuMeter, wait_quiet
@@ -135,15 +135,31 @@ def _ids(rng: random.Random, count: int) -> list[int]:
     return [rng.randrange(VOCAB_LOW, VOCAB_HIGH) for _ in range(count)]
 
 
+class Watch(Protocol):
+    """What can be measured.
+
+    Attributes:
+        elsewhere: CPU seconds that the last run took in other processes.
+    """
+
+    elsewhere: float
+
+    def run(self, jobs: Sequence[Job]) -> list[list[float]]:
+        """All jobs submitted at once, greedy, never stopping early; per job the perf_counter() of its tokens."""
+        ...
+
+
 class Stopwatch:
     """Runs jobs through the engine's loop and notes when each token came."""
+
+    elsewhere = 0.0
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
         self._served = 0
 
     def run(self, jobs: Sequence[Job]) -> list[list[float]]:
-        """All jobs submitted at once, greedy, never stopping early; per job the perf_counter() of its tokens."""
+        """See `Watch.run`."""
         loop = self._llm.loop
         times: dict[str, list[float]] = {}
         for prompt, count in jobs:
@@ -163,7 +179,7 @@ class Stopwatch:
         return list(times.values())
 
 
-def measure(watch: Stopwatch, case: Case, repeat: int, quiet: float) -> dict[str, float]:
+def measure(watch: Watch, case: Case, repeat: int, quiet: float) -> dict[str, float]:
     """One timed run; all times in seconds."""
     jobs = case.jobs(repeat)
     if case.kind == "prefixwarm":
@@ -171,7 +187,7 @@ def measure(watch: Stopwatch, case: Case, repeat: int, quiet: float) -> dict[str
     wait_quiet(quiet)
     meter, start = CpuMeter(), time.perf_counter()
     times = watch.run(jobs)
-    own, foreign = meter.read()
+    own, foreign = meter.read(watch.elsewhere)
     wanted = [count for _, count in jobs]
     if [len(stamps) for stamps in times] != wanted:
         raise AssertionError(f"{case.name}: {[len(stamps) for stamps in times]} tokens came, {wanted} were asked for")

@@ -7,6 +7,7 @@ Exit codes: 0; 1 where a request or the model failed; 2 where the command line o
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import io
 import os
@@ -21,7 +22,7 @@ from launch.flags import Effective, Parser, UsageError, add_engine_flags, add_sa
 from launch.machine import sleep_while_waiting
 from launch.remote import add_server_flags
 from launch.serve_flags import DEFAULT_PORT, add_serve_flags
-from pagetable.errors import ConfigError, QuireError
+from pagetable.errors import ConfigError, NotSupported, QuireError
 from quire import __version__
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
+    if list(argv[:2]) == ["bench", "compare"]:
+        return _compare(argv[2:])
     parser = build_parser()
     found = parser.parse(argv)
     if found.command is None:
@@ -134,7 +137,9 @@ def build_parser() -> Parser:
     command.set_defaults(run=_serve, parser=command)
 
     command = commands.add_parser(
-        "bench", usage="quire bench --model DIR --case CASES [FLAG ...]", help="measure one engine in this process"
+        "bench",
+        usage="quire bench --model DIR --case CASES [FLAG ...]\n       quire bench compare [--help] [FLAG ...]",
+        help="measure one engine in this process, or beside others",
     )
     _add_bench_flags(command)
     command.set_defaults(run=_bench, parser=command)
@@ -183,6 +188,15 @@ def _bench(found: argparse.Namespace, engine: Effective) -> int:
     from launch.bench import Options, bench
 
     return bench(engine.config, Options(found.case, found.repeats, found.warmups, found.quiet, found.json))
+
+
+def _compare(argv: Sequence[str]) -> int:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "compare.py").exists():
+        raise NotSupported("quire bench compare: needs a checkout of the repository (benchmarks/ is not installed)")
+    sys.path.insert(0, str(root))
+    code: int = importlib.import_module("benchmarks.compare").main(argv)
+    return code
 
 
 def _dry_run(engine: Effective) -> int:

@@ -100,9 +100,14 @@ class CpuMeter:
         self._root = root
         self._start = self._now()
 
-    def read(self) -> tuple[float, float]:
-        """(CPU seconds of this process, share of all cores that other processes used: 0 is a clean run)."""
+    def read(self, elsewhere: float = 0.0) -> tuple[float, float]:
+        """(CPU seconds of this process and `elsewhere`, share of all cores that others used: 0 is a clean run).
+
+        Args:
+            elsewhere: CPU seconds of other processes that count as this one's.
+        """
         wall, own, all_of_it = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        own += elsewhere
         return own, min(1.0, max(0.0, all_of_it - own) / (max(wall, 1e-9) * (os.cpu_count() or 1)))
 
     def _now(self) -> tuple[float, float, float]:

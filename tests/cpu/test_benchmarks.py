@@ -61,16 +61,18 @@ def test_compare_says_what_it_had_no_time_for(folder: Path, capsys: pytest.Captu
     assert compare.main([*arguments, "--threads", "1", "--json"]) == 0
     out, err = capsys.readouterr()
     assert [(line["case"], line["pairs"]) for line in lines(out)] == [("prefill:20", 1)]
-    assert err == "compare: --seconds 0 are over: --cases decode:1,long:9 did not run\n"
+    assert err == (
+        "compare: --seconds 0 are over: decode:1 beside transformers, long:9 beside transformers did not run\n"
+    )
 
 
 def test_compare_prints_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", str(folder), "--cases", "decode:2", "--pairs", "2", "--threads", "1", "--dtype", "bfloat16"]
     assert compare.main(arguments) == 0
     first, _, head, line, last = capsys.readouterr().out.splitlines()
-    assert first.startswith("model wide, dtype bfloat16, threads 1, transformers ")
-    assert head.split()[0] == "case" and head.split()[-2:] == ["pairs", "others"]
-    assert line.split()[0] == "decode:2" and line.split()[-2] == "2" and len(line) == len(head)
+    assert first.startswith("model wide, dtype bfloat16, threads 1, beside 0, torch ")
+    assert head.split()[:2] == ["case", "peer"] and head.split()[-2:] == ["pairs", "others"]
+    assert line.split()[:2] == ["decode:2", "transformers"] and line.split()[-2] == "2" and len(line) == len(head)
     assert last.startswith("ceilings: read ")
 
 
@@ -78,6 +80,7 @@ def test_compare_prints_a_table(folder: Path, capsys: pytest.CaptureFixture[str]
     ("arguments", "text"),
     [
         (["--cases", "fast"], "compare: --case: got 'fast', must "),
+        (["--peers", "fast"], "compare: --peers: got 'fast', must name some of transformers, openvino, vllm, llamacpp"),
         (["--cases", "decode", "--dtype", "auto"], "compare: --model: got 331, must have a vocabulary of 4096 or more"),
     ],
 )
