@@ -10,7 +10,8 @@ order:
 
 1. The oldest unfinished sequence advances in every plan; for it, and only by older ones, younger sequences are
 preempted.
-2. Every running decode is in every plan; prompts share what is left of the token budget in equal parts.
+2. Every running decode is in every plan; prompts share what is left of the token budget in equal parts. Short ones
+begin first, but pass a longer one only for a time that its own length bounds (`_PATIENCE`).
 3. A sequence preempted `max_preemptions` times comes back only when it can no longer be a victim.
 
 Nothing here reads a clock, draws a number or does I/O: the same calls give the same plans.
@@ -22,7 +23,6 @@ from array import array
 from bisect import insort
 from collections.abc import Mapping
 from itertools import islice
-from operator import attrgetter
 
 from pagetable.block_table import BlockTable
 from pagetable.errors import (
@@ -42,9 +42,10 @@ from worker.config import ShardConfig
 from worker.plan import Plan, StepResult
 from worker.sequence import NO_SLOT, FinishReason, Sequence, State, TokenOutput
 from worker.step import Step
+from worker.waiting import AGE, TURN, WaitingQueue
 
 _ADMISSION_SCAN = 32  # waiting sequences looked at per step: a big one at the head does not hold up small ones
-_AGE = attrgetter("order")
+_PATIENCE = 8  # a prompt is passed by shorter ones that come before so many times its own length have been computed
 
 
 class ShardScheduler:
@@ -59,7 +60,7 @@ class ShardScheduler:
     def __init__(self, config: ShardConfig, pool: PagePool, identity: bytes = b"") -> None:
         self.config = config
         self.pool = pool
-        self.waiting: list[Sequence] = []  # oldest first
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # PREFILL and DECODE, oldest first
         self.num_preemptions = 0
         # (sequence, whether it ended) that gave up their pages, for whoever reports it
@@ -73,6 +74,7 @@ class ShardScheduler:
         self._next_plan = PlanNumber(1)
         self._next_sequence = SequenceId(1)
         self._arrivals = 0
+        self._prompt_tokens = 0  # planned so far: the clock of turns
         self._short_of_pages = False  # this plan leaves someone waiting for want of pages
         self._was_short = False  # the last one did: shares are capped
 
@@ -104,7 +106,7 @@ class ShardScheduler:
 
     def sequences(self) -> list[Sequence]:
         """All unfinished sequences, oldest first."""
-        return sorted((s for samples in self._requests.values() for s in samples.values()), key=_AGE)
+        return sorted((s for samples in self._requests.values() for s in samples.values()), key=AGE)
 
     def add(self, request: Request, resumed: Mapping[int, array[int]] | None = None) -> None:
         """Queue a request. Raises AlreadyExists, Overloaded, or InvalidRequest where it can never fit.
@@ -121,7 +123,7 @@ class ShardScheduler:
         self._arrivals += 1
         self._requests[request.request_id] = {s.sample_index: s for s in sequences}
         first, *others = sequences
-        insort(self.waiting, first, key=_AGE)
+        self.waiting.add(first)
         for child in others:
             child.state, child.parent = State.FORK, first
         if others:
@@ -152,7 +154,7 @@ class ShardScheduler:
             # the token before the fork is computed again: its logits are the child's to sample from
             self._share_table(child, parent, len(child.tokens) - 1)
         else:
-            insort(self.waiting, child, key=_AGE)
+            self.waiting.add(child)
 
     def finish(
         self, request_id: str, sample_index: int, reason: FinishReason, stop_reason: str | None = None
@@ -167,7 +169,7 @@ class ShardScheduler:
         """End all samples of a request; it is in no further plan."""
         if request_id not in self._requests:
             raise NotFound(f"request {request_id!r} is not in flight")
-        samples = sorted(self._requests[request_id].values(), key=_AGE, reverse=True)  # children before their parent
+        samples = sorted(self._requests[request_id].values(), key=AGE, reverse=True)  # children before their parent
         return [self._finish(s, FinishReason.CANCELLED) for s in samples]
 
     # Plans
@@ -245,7 +247,7 @@ class ShardScheduler:
         hit |= {sequence.sequence_id: sequence for step in steps for sequence, _ in step.samples}
         for sequence in hit.values():
             sequence.pending = 0
-        ended = sorted((s for s in hit.values() if s.state is not State.DONE), key=_AGE, reverse=True)
+        ended = sorted((s for s in hit.values() if s.state is not State.DONE), key=AGE, reverse=True)
         outputs = [self._finish(s, FinishReason.ERROR, why) for s in ended]
         lost = set(sealed)
         for sequence in list(self.running):
@@ -303,11 +305,12 @@ class ShardScheduler:
             sequence.tokens.extend(outputs)
             if outputs:
                 sequence.num_scored = sequence.prompt_length  # its prompt's logprobs were given where it began
-            insort(self.waiting, sequence, key=_AGE)
+            self.waiting.add(sequence)
 
     def _sequence(self, request: Request, index: int) -> Sequence:
         table = BlockTable(self.pool, self.config.block_size)
         sequence = Sequence(self._next_sequence, request, index, (self._arrivals, index), table)
+        sequence.turn = self._prompt_tokens + _PATIENCE * sequence.prompt_length
         sequence.root = root_digest(self._identity, request.cache_salt)
         self._next_sequence = SequenceId(self._next_sequence + 1)
         return sequence
@@ -319,8 +322,8 @@ class ShardScheduler:
         return sequence
 
     def _oldest(self) -> Sequence | None:
-        heads = [queue[0] for queue in (self.running, self.waiting) if queue]
-        return min(heads, key=_AGE) if heads else None
+        heads = [head for head in (self.running[0] if self.running else None, self.waiting.oldest) if head is not None]
+        return min(heads, key=AGE) if heads else None
 
     def _plan_prompts(self, prefills: list[Sequence], share: int, step: Step) -> None:
         turn = (
@@ -330,7 +333,7 @@ class ShardScheduler:
             if sequence.state is State.PREFILL and sequence.sequence_id not in step.rows:
                 self._plan_chunk(sequence, share, step)
         promised = self._admission.promised(self.running)
-        for sequence in self.waiting[:_ADMISSION_SCAN]:
+        for sequence in self.waiting.next_in_turn(_ADMISSION_SCAN):
             if step.budget <= 0 or not self._free_slots:
                 break
             if (
@@ -340,11 +343,12 @@ class ShardScheduler:
             ):
                 self._admit(sequence, share, step)
                 promised = self._admission.promised(self.running)
-        for row in list(step.rows.values()):  # what is left of the budget goes to the oldest prompts
-            if step.budget <= 0:
-                break
-            if row.sequence.state is State.PREFILL and not self._admission.match(row.sequence):
-                self._plan_chunk(row.sequence, step.budget, step)
+        if step.budget <= 0:
+            return
+        partial = [row.sequence for row in step.rows.values() if row.sequence.state is State.PREFILL]
+        for sequence in sorted(partial, key=TURN):  # what is left of the budget
+            if step.budget > 0 and not self._admission.match(sequence):
+                self._plan_chunk(sequence, step.budget, step)
 
     def _may_enter(self, sequence: Sequence, share: int, step: Step, promised: tuple[int, int]) -> bool:
         admission = self._admission
@@ -365,7 +369,7 @@ class ShardScheduler:
         if not self._free_slots:  # only the oldest comes here without a slot
             self._preempt(self.running[-1])
         self.waiting.remove(sequence)
-        insort(self.running, sequence, key=_AGE)
+        insort(self.running, sequence, key=AGE)
         sequence.slot = self._free_slots.pop()
         sequence.state = State.PREFILL
         self._plan_chunk(sequence, share, step)
@@ -407,6 +411,7 @@ class ShardScheduler:
             count -= (sequence.num_computed + count) % size  # chunks end at pages, where others can take over
         step.append(sequence, count)
         step.budget -= count
+        self._prompt_tokens += count
         if sequence.num_computed == len(sequence.tokens):
             sequence.state = State.DECODE
             step.sample(sequence, sequence)
@@ -418,7 +423,7 @@ class ShardScheduler:
             child.parent = None
             if not self._free_slots:
                 child.state = State.WAIT
-                insort(self.waiting, child, key=_AGE)
+                self.waiting.add(child)
                 continue
             self._share_table(child, parent, parent.num_computed)
             step.introduce(child)
@@ -434,7 +439,7 @@ class ShardScheduler:
         child.last_plan = parent.last_plan
         child.slot = self._free_slots.pop()
         child.state = State.DECODE
-        insort(self.running, child, key=_AGE)
+        insort(self.running, child, key=AGE)
 
     # Room
 
@@ -463,7 +468,7 @@ class ShardScheduler:
         sequence.state = State.WAIT
         sequence.preemptions += 1
         self.num_preemptions += 1
-        insort(self.waiting, sequence, key=_AGE)
+        self.waiting.add(sequence)
 
     def _rewind(self, sequence: Sequence) -> None:
         """-> PREFILL from the last page boundary: there is no room for a copy of the sealed last page, so it is given
@@ -496,7 +501,7 @@ class ShardScheduler:
             sequence.sequence_id, ()
         ):  # its samples outlive it: they compute the prompt themselves
             child.state, child.parent = State.WAIT, None
-            insort(self.waiting, child, key=_AGE)
+            self.waiting.add(child)
         if sequence.state is State.WAIT:
             self.waiting.remove(sequence)
         elif sequence.state is State.FORK and sequence.parent is not None:

@@ -38,6 +38,7 @@ class Sequence:
 
     Attributes:
         order: (arrival, sample index): age; smaller is older. Never changes, so the oldest is the oldest until it ends.
+        turn: among those that wait, the smaller begins first.
         tokens: prompt and outputs, int32.
         num_computed: tokens whose K and V are in pages, or will be by the plans made so far; equals `table.num_tokens`.
         digests: prefix digests of the full pages of `tokens`, as far as computed.
@@ -77,6 +78,7 @@ class Sequence:
         "stop_tokens",
         "table",
         "tokens",
+        "turn",
     )
 
     def __init__(
@@ -86,6 +88,7 @@ class Sequence:
         self.request = request
         self.sample_index = sample_index
         self.order = order
+        self.turn = 0
         self.table = table
         self.tokens: array[int] = array("i", request.prompt)
         self.prompt_length = len(request.prompt)

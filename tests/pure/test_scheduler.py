@@ -112,6 +112,45 @@ def test_at_most_so_many_prompts_are_in_progress_and_short_ones_pass() -> None:
     assert "short" in shard.first
 
 
+def test_of_prompts_that_came_together_short_ones_begin_first() -> None:
+    shard = Shard(max_num_batched_tokens=512, max_num_seqs=64)
+    lengths = [40 + 32 * ((7 * i) % 32) for i in range(32)]
+    for i, length in enumerate(lengths):
+        shard.add(f"r{i}", [i + 1] * length, max_tokens=2)
+    while len(shard.first) < 16:
+        shard.step()
+    computed = sum(plan.num_tokens for plan in shard.plans)
+    assert computed < 0.4 * sum(lengths), "in the order of arrival it would be half, and more with equal parts"
+    shard.run()
+    order = sorted(
+        range(1, 32), key=lambda i: (shard.first[f"r{i}"], lengths[i])
+    )  # the oldest, r0, advances in any case
+    assert [lengths[i] for i in order[:8]] == sorted(lengths[1:])[:8]
+
+
+@pytest.mark.parametrize("length", [100, 300, 900])
+def test_a_prompt_is_passed_only_as_long_as_its_length_says(length: int) -> None:
+    """An endless stream of prompts half as long, more than the shard can compute, behind an oldest that never ends."""
+    shard = Shard(num_blocks=8192, max_num_batched_tokens=256, max_num_seqs=64, max_num_partial_prefills=1)
+    shard.add("oldest", 16, max_tokens=4000)
+    shard.add("busy", [1] * 2000, max_tokens=2)  # takes the only place of a prompt in progress
+    shard.step()
+    shard.add("long", [2] * length, max_tokens=2)
+    start = sum(plan.num_tokens for plan in shard.plans)
+    came: dict[str, int] = {}
+    while "long" not in shard.first:
+        computed = sum(plan.num_tokens for plan in shard.plans) - start
+        for _ in range(8):
+            name = f"short{len(came)}"
+            shard.add(name, [3 + len(came)] * (length // 2), max_tokens=2)
+            came[name] = computed
+        shard.step()
+    passed = [came[name] for name in shard.first if name in came and shard.first[name] < shard.first["long"]]
+    assert passed, "shorter ones were to pass it"
+    assert max(passed) <= 8 * (length - length // 2)
+    assert max(came.values()) > max(passed) + 256, "more were to come"
+
+
 def test_rows_of_similar_length_are_neighbours() -> None:
     shard = Shard()
     for i, length in enumerate([500, 20, 300, 18, 90, 700]):
