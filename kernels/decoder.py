@@ -73,6 +73,8 @@ class _Step(ctypes.Structure):
     ]
 
 
+# `quire::Choice` in csrc/step.h.
+CHOICE = np.dtype([*((name, np.float64) for name in ("temperature", "min_p", "top_p", "u")), ("top_k", np.int64)])
 _REDUCE = ctypes.CFUNCTYPE(None, _ADDRESS, _INT)
 _TEXT = (ctypes.c_char_p, _INT)
 _SIGNATURES = {
@@ -80,6 +82,7 @@ _SIGNATURES = {
     "quire_engine_free": (None, _ADDRESS),
     "quire_forward": (_INT, _ADDRESS, ctypes.POINTER(_Model), ctypes.POINTER(_Step), *_TEXT),
     "quire_head": (_INT, _ADDRESS, ctypes.POINTER(_Model), *(_ADDRESS,) * 2, _INT, *(_ADDRESS,) * 4),
+    "quire_choose": (_INT, _ADDRESS, _INT, _ADDRESS, *(_INT,) * 3, _ADDRESS, _ADDRESS),
     "quire_pack": (None, _ADDRESS, _INT, _INT, _INT, _ADDRESS),
 }
 
@@ -318,6 +321,10 @@ class NativeDecoder:
             raise MemoryError("head: no memory for the rows")
         return found
 
+    def choose(self, rows: torch.Tensor, choices: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
+        """`choose` on this decoder's threads."""
+        return _choose(self._library, self._engine, self._model.level, rows, choices)
+
     def _pointer(self, tensor: torch.Tensor | None) -> int | None:
         if tensor is None:
             return None
@@ -360,6 +367,28 @@ class NativeDecoder:
             _Matrix(base + offset, self._pointer(_bias(rows)), words, len(rows.order))
             for rows, (offset, words) in zip(matrices, offsets, strict=True)
         ]
+
+
+def choose(rows: torch.Tensor, choices: npt.NDArray[np.void], backend: cpu.Native) -> npt.NDArray[np.int64]:
+    """A token for each row of logits, on the calling thread; `worker.draw.choose` says what is drawn.
+
+    Args:
+        rows: float32 [R, V] with contiguous rows, each with a finite largest logit.
+        choices: [R] of CHOICE.
+    """
+    return _choose(cpu.library(_SIGNATURES), None, backend.level, rows, choices)
+
+
+def _choose(
+    library: ctypes.CDLL, engine: int | None, level: int, rows: torch.Tensor, choices: npt.NDArray[np.void]
+) -> npt.NDArray[np.int64]:
+    assert rows.dtype == torch.float32 and rows.stride(1) == 1
+    assert choices.dtype == CHOICE and choices.flags.c_contiguous and len(choices) == len(rows)
+    tokens = np.empty(len(rows), np.int64)
+    what = (rows.data_ptr(), rows.stride(0), len(rows), rows.shape[1])
+    if library.quire_choose(engine, level, *what, choices.ctypes.data, tokens.ctypes.data):
+        raise MemoryError("choose: no memory for candidates")
+    return tokens
 
 
 def _floats(data: int, count: int) -> torch.Tensor:

@@ -162,7 +162,7 @@ class EngineConfig:
         None, "size", "memory of the pool; default: a share of what is free", low=1, high=1 << 50, optional=True
     )
     max_num_seqs: int = setting(256, "int", "sequences that run at once", low=1, high=16384)
-    max_num_batched_tokens: int = setting(2048, "int", "tokens of one step", low=1, high=1 << 20)
+    max_num_batched_tokens: int = setting(1024, "int", "tokens of one step", low=1, high=1 << 20)
     max_num_partial_prefills: int = setting(8, "int", "prompts that prefill in chunks at once", low=1, high=1024)
     enable_prefix_caching: bool = setting(True, "bool", "share the pages of equal prefixes")
     deterministic: bool = setting(False, "bool", "equal bits whatever the batch, the chunks and the threads; slower")

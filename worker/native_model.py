@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 
 from kernels.cpu import Native
-from kernels.decoder import DecoderShape, Head, LayerRows, NativeDecoder, Rows
+from kernels.decoder import CHOICE, DecoderShape, Head, LayerRows, NativeDecoder, Rows
+from worker.draw import Shape
 from worker.kv_cache import PagedKVCache
 from worker.model_config import ModelConfig
 from worker.tables import Batch
@@ -85,6 +86,18 @@ class NativeModel:
     def head(self, hidden: torch.Tensor, rows: npt.NDArray[np.int64], *, logits: bool) -> Head:
         """See `Decoder.head`."""
         return self._decoder.head(hidden, rows, logits=logits)
+
+    def choose(self, rows: torch.Tensor, shape: Shape) -> npt.NDArray[np.int64]:
+        """See `draw.choose`."""
+        return self._decoder.choose(rows, choices_of(shape))
+
+
+def choices_of(shape: Shape) -> npt.NDArray[np.void]:
+    """What `kernels.decoder.choose` takes."""
+    choices = np.empty(len(shape.u), CHOICE)
+    for name in CHOICE.names or ():
+        choices[name] = getattr(shape, name).squeeze(1).numpy()
+    return choices
 
 
 def _layer(config: ModelConfig, reader: TensorReader, layer: int) -> LayerRows:

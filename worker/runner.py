@@ -67,6 +67,7 @@ class Runner:
             head.logits[entries] if result.failed else head.logits,
             array("i", (plan.sample_slot[entry] for entry in entries)),
             array("i", (plan.sample_position[entry] for entry in entries)),
+            (head.tokens[entries], head.values[entries]),
         )
         for entry, token in zip(entries, tokens, strict=True):
             result.tokens[entry] = token

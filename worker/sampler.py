@@ -11,6 +11,7 @@ Shapes: R rows of the call, V the vocabulary.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +24,14 @@ from worker.plan import Admit, TokenLogprobs
 
 # Rows are drawn in chunks of this many logits: larger float64 temporaries leave the cache and are page-faulted anew.
 _CHUNK = 1 << 20
+
+
+Choose = Callable[[torch.Tensor, Shape], Ints]
+
+
+def choose_by_torch(rows: torch.Tensor, shape: Shape) -> Ints:
+    """See `draw.choose`."""
+    return choose(rows, shape).cpu().numpy()
 
 
 @dataclass(slots=True)
@@ -71,9 +80,11 @@ class Sampler:
     Args:
         vocab_size: columns of the logits.
         max_num_seqs: slots are below it.
+        choose: a token for each row, as `draw.choose`.
     """
 
-    def __init__(self, vocab_size: int, max_num_seqs: int) -> None:
+    def __init__(self, vocab_size: int, max_num_seqs: int, choose: Choose = choose_by_torch) -> None:
+        self._choose = choose
         self._vocab = vocab_size
         self._edits: list[_Edits | None] = [None] * max_num_seqs
         self._edited = np.zeros(max_num_seqs, bool)
@@ -122,7 +133,11 @@ class Sampler:
         self._num_outputs[np.array(slots, np.int64)] += 1
 
     def sample(
-        self, logits: torch.Tensor, slots: array[int], positions: array[int]
+        self,
+        logits: torch.Tensor,
+        slots: array[int],
+        positions: array[int],
+        likeliest: tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]] | None = None,
     ) -> tuple[array[int], dict[int, TokenLogprobs]]:
         """Choose one token per row and count it as the next output of its slot.
 
@@ -130,13 +145,14 @@ class Sampler:
             logits: float32 [R, V]; not changed.
             slots: [R], no slot twice.
             positions: [R], where each token will stand.
+            likeliest: each row's token of the largest logit and that logit, where they are known.
 
         Returns:
             int32 [R] tokens, -1 where the row has no finite largest logit (NaN, +inf, or all masked: that sequence
             has failed and nothing was counted); and the log probabilities of the entries whose request asked.
         """
         where = np.array(slots, np.int64)
-        tokens, peaks = argmax(logits)
+        tokens, peaks = argmax(logits) if likeliest is None else (likeliest[0].astype(np.int64), likeliest[1].copy())
         broken = ~np.isfinite(peaks)  # by the model; bias and masks must not hide it
         edited = np.flatnonzero(self._edited[where] | (self._num_outputs[where] < self._min_tokens[where]))
         changed = self._changed(logits, edited, where)
@@ -152,7 +168,7 @@ class Sampler:
             if len(swap):
                 rows = rows.clone()
                 rows[torch.from_numpy(swap)] = changed[torch.from_numpy(np.searchsorted(edited, entries[swap]))]
-            tokens[entries] = choose(rows, self._shape(where[entries], u[part], logits.device)).cpu().numpy()
+            tokens[entries] = self._choose(rows, self._shape(where[entries], u[part], logits.device))
         tokens[failed] = -1
         self._count(where, tokens, failed)
         asked = np.flatnonzero(self._wants[where] & ~failed)

@@ -20,7 +20,7 @@ from worker.model import Decoder
 from worker.model_config import ModelConfig
 from worker.native_model import NativeModel
 from worker.runner import Runner
-from worker.sampler import Sampler
+from worker.sampler import Sampler, choose_by_torch
 from worker.scheduler import ShardScheduler
 from worker.tables import TableMirror
 from worker.weights import Progress, Weights, open_weights
@@ -47,7 +47,8 @@ def build_loop(
     decoder = build_model(model, open_weights(folder), kind, threads, progress, deterministic=config.deterministic)
     cache = PagedKVCache(model, config.num_blocks, config.block_size, page_dtype(config, dtype))
     tables = TableMirror(config.max_num_seqs, -(-config.max_model_len // config.block_size), config.block_size)
-    runner = Runner(decoder, cache, tables, Sampler(model.vocab_size, config.max_num_seqs))
+    choose = decoder.choose if isinstance(decoder, NativeModel) else choose_by_torch
+    runner = Runner(decoder, cache, tables, Sampler(model.vocab_size, config.max_num_seqs, choose))
     pool = PagePool([BlockAllocator(DeviceId(device_id), config.num_blocks)])
     return Loop(ShardScheduler(config, pool, page_identity(model, config, dtype)), runner)
 

@@ -58,12 +58,14 @@ inline constexpr int64_t head_bytes(int64_t block_size, int64_t head_dim, int64_
 using Kernel = void (*)(const Call&, const Item&, char* scratch);
 
 struct StepKernels;
+struct Choice;
 
 // The kernels compiled for one level of instructions. Scratch is aligned to 64 bytes.
 struct Level {
     Kernel direct_f32, direct_bf16, tiled_f32, tiled_bf16;
     size_t scratch_bytes;
     const StepKernels *step_f32, *step_bf16;
+    int32_t (*choose)(const float* row, int64_t vocab, const Choice& choice);
 };
 
 const Level* level_of(int64_t index);  // null where it is not built

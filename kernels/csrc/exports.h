@@ -40,6 +40,7 @@ QUIRE_EXPORT int64_t quire_copy_pages(const quire::Pages* pages, const int32_t* 
 QUIRE_EXPORT uint64_t quire_read(const char* data, int64_t bytes);
 
 namespace quire {
+struct Choice;
 struct Model;
 struct Step;
 class Engine;
@@ -58,6 +59,11 @@ QUIRE_EXPORT int64_t quire_forward(quire::Engine* engine, const quire::Model* mo
 QUIRE_EXPORT int64_t quire_head(quire::Engine* engine, const quire::Model* model, const float* hidden,
                                 const int64_t* rows, int64_t num_rows, float* logits, int32_t* tokens, float* values,
                                 float* totals);
+
+// A token for each of `rows` rows of logits, `row_stride` elements apart, all with a finite largest one; on the calling
+// thread where engine is null.
+QUIRE_EXPORT int64_t quire_choose(quire::Engine* engine, int64_t level, const float* logits, int64_t row_stride,
+                                  int64_t rows, int64_t vocab, const quire::Choice* choices, int64_t* tokens);
 
 // Packs weights for products: lane l of panel p takes row rows[32 p + l] of `columns` elements, zeros where null.
 QUIRE_EXPORT void quire_pack(const char* const* rows, int64_t panels, int64_t columns, int64_t is_bf16, uint32_t* to);

@@ -67,6 +67,24 @@ public:
     int64_t head(const Model& model, const float* hidden, const int64_t* rows, int64_t num_rows, float* logits,
                  int32_t* tokens, float* values, float* totals);
 
+    void choose(const Level& level, const float* logits, int64_t row_stride, int64_t rows, int64_t vocab,
+                const Choice* choices, int64_t* tokens) {
+        std::atomic<bool> failed{false};
+        auto body = [&](int64_t) {
+            Counter& counter = team_.counter(0);
+            for (int64_t row; (row = counter.claim(rows)) < rows;) {
+                try {
+                    tokens[row] = level.choose(logits + row * row_stride, vocab, choices[row]);
+                } catch (const std::bad_alloc&) {  // on another thread it would end the process
+                    failed.store(true);
+                }
+            }
+            team_.barrier();
+        };
+        team_.run(1, body);
+        if (failed.load()) throw std::bad_alloc();
+    }
+
 private:
     friend class Forward;
     Team team_;
@@ -398,6 +416,19 @@ int64_t quire_forward(quire::Engine* engine, const quire::Model* model, const qu
 int64_t quire_head(quire::Engine* engine, const quire::Model* model, const float* hidden, const int64_t* rows,
                    int64_t num_rows, float* logits, int32_t* tokens, float* values, float* totals) try {
     return engine->head(*model, hidden, rows, num_rows, logits, tokens, values, totals);
+} catch (const std::bad_alloc&) {
+    return 2;
+}
+
+int64_t quire_choose(quire::Engine* engine, int64_t level, const float* logits, int64_t row_stride, int64_t rows,
+                     int64_t vocab, const quire::Choice* choices, int64_t* tokens) try {
+    const quire::Level& kernels = *quire::level_of(level);
+    if (engine)
+        engine->choose(kernels, logits, row_stride, rows, vocab, choices, tokens);
+    else
+        for (int64_t row = 0; row < rows; row++)
+            tokens[row] = kernels.choose(logits + row * row_stride, vocab, choices[row]);
+    return 0;
 } catch (const std::bad_alloc&) {
     return 2;
 }

@@ -86,6 +86,12 @@ struct Model {
     double eps, rotary_factor;
 };
 
+// How to draw from one row; worker/draw.py has the ranges. Mirrored by decoder.py.
+struct Choice {
+    double temperature, min_p, top_p, u;
+    int64_t top_k;
+};
+
 // Adds up `count` floats over the ranks of a tensor-parallel group.
 using Reduce = void (*)(float* data, int64_t count);
 

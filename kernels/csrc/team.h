@@ -2,9 +2,11 @@
 //
 // OpenMP's barriers either spin (and collapse where a neighbour holds a core) or sleep at once (and cost 50 us each).
 // Here a wait spins for some microseconds and then sleeps on a futex; work is claimed piece by piece, so that a thread
-// whose core is taken away delays the others by its last piece only.
+// whose core is taken away delays the others by its last piece only. That piece may still cost a time slice of the
+// scheduler's, so a team that waits too long again and again goes on with a thread less, and tries again later.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <thread>
@@ -16,8 +18,8 @@ namespace quire {
 class alignas(64) Signal {
 public:
     uint32_t now() const { return value_.load(std::memory_order_acquire); }
-    void raise();                // adds one and wakes whoever sleeps
-    void wait(uint32_t passed);  // until the number is no longer `passed`
+    void raise(uint32_t to);                          // wakes whoever sleeps
+    std::chrono::nanoseconds wait(uint32_t passed);  // until the number is no longer `passed`; how long it slept
 
 private:
     std::atomic<uint32_t> value_{0};
@@ -57,15 +59,26 @@ private:
     std::atomic<uint64_t> next_{0};  // of own pieces: taken from the front, and 32 bits higher from the back
 };
 
+// When a team goes on with a thread less: after so many runs one after the other of which it slept so large a part in
+// barriers. It tries that thread again after a pause, which doubles each time that this fails.
+struct Patience {
+    double part = 0.25;
+    int64_t runs = 3;
+    std::chrono::nanoseconds shortest_pause = std::chrono::milliseconds(250);
+    std::chrono::nanoseconds longest_pause = std::chrono::seconds(4);
+};
+
 class Team {
 public:
     // `threads` counts the caller of `run`, which works too.
-    explicit Team(int64_t threads);
+    explicit Team(int64_t threads, Patience patience = {});
     ~Team();
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
 
-    int64_t size() const { return (int64_t)others_.size() + 1; }
+    // Threads of the next run, and of the one at hand; changes only when a run ends.
+    int64_t size() const { return active_; }
+    int64_t capacity() const { return (int64_t)others_.size() + 1; }
 
     // Calls body(thread) on every thread of the team; 0 is the caller. `phases` phases have fresh counters. Not
     // reentrant.
@@ -96,15 +109,24 @@ public:
 
 private:
     using Function = void (*)(void*, int64_t);
+    using Clock = std::chrono::steady_clock;
     void start(int64_t phases, Function function, void* context);
     void serve(int64_t thread);
+    void judge(Clock::time_point began);
 
     std::vector<std::thread> others_;
     std::unique_ptr<Counter[]> counters_;
     int64_t num_counters_ = 0;
-    Function function_ = nullptr;  // null: the end
+    Function function_ = nullptr;
     void* context_ = nullptr;
-    Signal started_, passed_;
+    Signal started_;  // number of the run, and in the low 16 bits its threads; none: the end
+    Signal passed_;   // barriers
+    const Patience patience_;
+    int64_t active_;
+    int64_t bad_runs_ = 0, good_runs_ = 0;
+    std::chrono::nanoseconds pause_{0};
+    Clock::time_point try_again_{};
+    std::atomic<int64_t> slept_{0};  // nanoseconds in barriers of this run, of the thread that slept longest at each
     alignas(64) std::atomic<int64_t> arrived_{0};
 };
 

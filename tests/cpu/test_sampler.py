@@ -1,9 +1,14 @@
-"""The sampler against a float64 reference written from the definitions, and against transformers' processors."""
+"""The sampler against a float64 reference written from the definitions, and against transformers' processors.
+
+All of it with torch's `choose` and with the native one of each instruction level of this machine.
+"""
 
 from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,14 +23,21 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from kernels import cpu, decoder
 from pagetable.ids import SequenceId
 from pagetable.sampling import SamplingParams
 from worker import draw
 from worker.draw import Shape, best, choose, stream_key, uniforms
+from worker.native_model import choices_of
 from worker.plan import Admit
-from worker.sampler import Sampler
+from worker.sampler import Choose, Sampler, choose_by_torch
 
 Ids = tuple[int, ...]
+CHOOSERS: dict[str, Choose] = {"torch": choose_by_torch} | {
+    level: partial(lambda backend, rows, shape: decoder.choose(rows, choices_of(shape), backend), cpu.Native(level))
+    for level in cpu.levels()
+}
+chosen: Choose = choose_by_torch
 PROMPT = (3, 1, 4, 1, 5)
 
 
@@ -37,8 +49,16 @@ def admit(
     return Admit(slot, SequenceId(slot), index, params, len(PROMPT), tokens, eos)
 
 
+@pytest.fixture(scope="module", params=CHOOSERS, autouse=True)
+def chooser(request: pytest.FixtureRequest) -> Iterator[None]:
+    global chosen
+    chosen = CHOOSERS[request.param]
+    yield
+    chosen = choose_by_torch
+
+
 def sampler(vocab: int, *admits: Admit) -> Sampler:
-    made = Sampler(vocab, 1 + max(each.slot for each in admits))
+    made = Sampler(vocab, 1 + max(each.slot for each in admits), chosen)
     for each in admits:
         made.admit(each)
     return made
@@ -182,6 +202,17 @@ def test_equals_the_reference_over_a_large_vocabulary(p: dict[str, Any], scale: 
     admits = [admit(slot, index=slot, **p) for slot in range(rows)]
     got = sample(sampler(vocab, *admits), logits, list(range(rows)), [9] * rows)
     assert got == [reference(row.tolist(), each, 9) for row, each in zip(logits, admits, strict=True)]
+
+
+@pytest.mark.parametrize("p", [{"top_k": 5000}, {"top_k": 8999, "top_p": 0.9}, {"top_p": 0.999}, {"temperature": 9.0}])
+def test_equals_the_reference_where_almost_all_is_kept(p: dict[str, Any]) -> None:
+    vocab, rows = 9001, 3
+    logits = random_logits(rows, vocab, 4, 1.0)
+    logits[1] = logits[1].bfloat16().float()
+    logits[2, ::3] = -torch.inf
+    admits = [admit(slot, index=slot, **p) for slot in range(rows)]
+    got = sample(sampler(vocab, *admits), logits, list(range(rows)), [2] * rows)
+    assert got == [reference(row.tolist(), each, 2) for row, each in zip(logits, admits, strict=True)]
 
 
 def test_a_row_does_not_depend_on_batch_slot_or_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

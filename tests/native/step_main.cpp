@@ -1,15 +1,20 @@
 // Runs decoder steps of a small random model at every level, for the sanitizers: prefill and decode rows in one batch,
 // windows, odd sizes, pages in any order, teams of several sizes. Exit 1 where two teams disagree.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "../../kernels/csrc/exports.h"
 #include "../../kernels/csrc/step.h"
+#include "../../kernels/csrc/team.h"
 
 using namespace quire;
 
@@ -128,6 +133,13 @@ bool run(int64_t level, bool bf16, bool deterministic, bool int8) {
                        best.data(), values.data(), totals.data());
             all.insert(all.end(), hidden_rows.begin(), hidden_rows.end());
             all.insert(all.end(), logits.begin(), logits.end());
+            const Choice kinds[] = {{0.7, 0.0, 1.0, 0.5, vocab}, {1.3, 0.0, 0.8, 0.9, vocab}, {1.0, 0.1, 1.0, 0.3, 7},
+                                    {0.9, 0.0, 0.5, 0.1, 20},    {1.0, 0.0, 0.9, 0.99, vocab - 1}};
+            std::vector<Choice> choices;
+            for (size_t row = 0; row < rows.size(); row++) choices.push_back(kinds[row % 5]);
+            std::vector<int64_t> chosen(rows.size());
+            quire_choose(engine, level, logits.data(), vocab, (int64_t)rows.size(), vocab, choices.data(), chosen.data());
+            all.insert(all.end(), chosen.begin(), chosen.end());
         }
         quire_engine_free(engine);
         for (float x : all)
@@ -143,9 +155,46 @@ bool run(int64_t level, bool bf16, bool deterministic, bool int8) {
     return true;
 }
 
+// A thread without a core holds up a team, which then does without it, and takes it back when it has one again.
+bool team_lets_go_and_comes_back() {
+    Patience patience;
+    patience.shortest_pause = std::chrono::milliseconds(30);
+    patience.longest_pause = std::chrono::milliseconds(60);
+    Team team(3, patience);
+    bool is_held_up = true;
+    std::atomic<int64_t> done{0};
+    int64_t runs = 0, fewest = 3;
+    const auto one_run = [&] {
+        done.store(0);
+        auto body = [&](int64_t thread) {
+            if (thread > 0 && is_held_up) std::this_thread::sleep_for(std::chrono::milliseconds(3));
+            team.share(0, thread, 100, [&](int64_t) { done.fetch_add(1); });
+            team.barrier();
+            Counter& counter = team.counter(1);
+            for (int64_t piece; (piece = counter.claim(50)) < 50;) done.fetch_add(1);
+        };
+        team.run(2, body);
+        runs++;
+        fewest = std::min(fewest, team.size());
+        return done.load() == 150;
+    };
+    for (int i = 0; i < 2000 && fewest > 1; i++)
+        if (!one_run()) return std::fprintf(stderr, "work was lost or done twice\n"), false;
+    if (fewest != 1 || runs < 6) return std::fprintf(stderr, "%d threads after %d runs\n", (int)fewest, (int)runs), false;
+    is_held_up = false;
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+    while (team.size() < 3 && std::chrono::steady_clock::now() < end) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        if (!one_run()) return std::fprintf(stderr, "work was lost or done twice\n"), false;
+    }
+    if (team.size() != 3) return std::fprintf(stderr, "%d threads at the end\n", (int)team.size()), false;
+    return true;
+}
+
 }  // namespace
 
 int main() {
+    if (!team_lets_go_and_comes_back()) return 1;
     for (int64_t level = 0; level < 3; level++)
         for (int bf16 = 0; bf16 < 2; bf16++)
             for (int deterministic = 0; deterministic < 2; deterministic++)

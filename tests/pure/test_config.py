@@ -43,7 +43,7 @@ def test_defaults_are_the_ones_that_the_documents_name() -> None:
         "num_gpu_blocks_override": None,
         "kv_cache_memory_bytes": None,
         "max_num_seqs": 256,
-        "max_num_batched_tokens": 2048,
+        "max_num_batched_tokens": 1024,
         "max_num_partial_prefills": 8,
         "enable_prefix_caching": True,
         "deterministic": False,
