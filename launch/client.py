@@ -11,6 +11,7 @@ batch file, outputs those of `LLM`.
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator, Mapping
@@ -166,13 +167,21 @@ class AsyncClient:
             raise to_error(error) from None
 
 
+@functools.cache
+def _shared_loop() -> asyncio.AbstractEventLoop:
+    """The loop of all Clients of this process, on a thread of its own.
+
+    It is never closed: grpc.aio may wake a loop that it has seen before, and prints a traceback where it is closed."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="quire clients", daemon=True).start()
+    return loop
+
+
 class Client:
     """AsyncClient's verbs for code without an event loop. Use as a context manager, or `close` it."""
 
     def __init__(self, server: str = DEFAULT_SERVER, **options: Any) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="quire client", daemon=True)
-        self._thread.start()
+        self._loop, self._is_closed = _shared_loop(), False
 
         async def make() -> AsyncClient:
             return AsyncClient(server, **options)
@@ -186,13 +195,10 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """End the channel and its thread; running streams are cancelled."""
-        if self._loop.is_closed():
-            return
-        self._run(self._client.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        """End the channel; running streams are cancelled."""
+        if not self._is_closed:
+            self._run(self._client.close())
+            self._is_closed = True
 
     def stream(self, raw: Mapping[str, Any], timeout: float | None = None) -> Iterator[RequestOutput]:
         """See AsyncClient.stream."""
@@ -238,6 +244,9 @@ class Client:
         return self._run(self._client.stop_service())
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._is_closed:
+            work.close()
+            raise RuntimeError("this client is closed")
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _iterate(self, outputs: AsyncIterator[RequestOutput]) -> Iterator[RequestOutput]:
@@ -251,7 +260,7 @@ class Client:
             while (output := self._run(advance())) is not None:
                 yield output
         finally:
-            if not self._loop.is_closed():
+            if not self._is_closed:
                 self._run(end())
 
 

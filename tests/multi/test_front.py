@@ -21,6 +21,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cluster.processes import environment
 from launch.client import AsyncClient, Client
 from launch.llm import LLM, RequestOutput
 from launch.models.catalog import resolve
@@ -213,6 +214,38 @@ def test_ends_that_the_client_makes_leave_no_page(running: Running, client: Clie
         client.cancel("nobody")
     assert unknown.value.code == "NOT_FOUND"
     alive(client, canary)
+
+
+_TWO_WAYS = """
+import asyncio, sys
+from launch.client import AsyncClient, Client
+
+server, raw = sys.argv[1], {"prompt_token_ids": [9, 10, 11], "max_tokens": 3, "temperature": 0, "ignore_eos": True}
+
+async def beside():
+    client = AsyncClient(server)
+    output = await client.complete(raw)
+    await client.close()
+    return output
+
+found = []
+for _ in range(5):
+    with Client(server) as one, Client(server) as other:
+        found += [one.complete(raw), other.complete(raw)]
+    found.append(asyncio.run(beside()))
+    next(iter(Client(server).stream(raw)))  # neither is closed
+assert len({tuple(output.outputs[0].token_ids) for output in found}) == 1
+try:
+    one.models()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_clients_of_both_kinds_in_one_process_end_without_a_word(running: Running) -> None:
+    command = [sys.executable, "-c", _TWO_WAYS, running.server]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "this client is closed\n", "")
 
 
 def test_an_id_is_unique_while_in_flight(client: Client) -> None:
