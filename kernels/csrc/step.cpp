@@ -368,7 +368,8 @@ int64_t Engine::head(const Model& model, const float* hidden, const int64_t* row
     const StepKernels& kernels = model.is_bf16 ? *level->step_bf16 : *level->step_f32;
     const int64_t row_size = row_words(divide_up(model.hidden, model.is_bf16 ? 2 : 1));
     char* const left = left_.take(num_rows * row_size * 4);
-    Best* const best = reinterpret_cast<Best*>(best_.take(team_.size() * num_rows * (int64_t)sizeof(Best)));
+    const int64_t threads = team_.size();  // of this run: its end may change them
+    Best* const best = reinterpret_cast<Best*>(best_.take(threads * num_rows * (int64_t)sizeof(Best)));
     auto body = [&](int64_t thread) {
         Counter& prepared = team_.counter(0);
         for (int64_t row; (row = prepared.claim(num_rows)) < num_rows;)
@@ -383,7 +384,7 @@ int64_t Engine::head(const Model& model, const float* hidden, const int64_t* row
     team_.run(2, body);
     for (int64_t row = 0; row < num_rows; row++) {
         Best all = best[row];
-        for (int64_t thread = 1; thread < team_.size(); thread++) {
+        for (int64_t thread = 1; thread < threads; thread++) {
             const Best& other = best[thread * num_rows + row];
             all.total += other.total;
             if (other.value > all.value || (other.value == all.value && other.id < all.id))
