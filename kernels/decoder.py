@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ import torch
 
 from kernels import cpu
 from kernels.ops import Mask, PageList
+from kernels.peers import Peers
 
 PANEL = 32  # kPanel in csrc/step.h
 HALF_PANEL = 16
@@ -50,10 +51,8 @@ class _Model(ctypes.Structure):
         ("norm", _ADDRESS),
         ("head", _Matrix),
         *((name, _ADDRESS) for name in ("embedding", "frequencies")),
-        *(
-            (name, _INT)
-            for name in ("num_layers", "hidden", "q_heads", "kv_heads", "head_dim", "intermediate", "vocab")
-        ),
+        *((name, _INT) for name in ("num_layers", "hidden", "q_heads", "attended_heads", "kv_heads")),
+        *((name, _INT) for name in ("head_dim", "intermediate", "vocab")),
         *((name, _INT) for name in ("is_bf16", "level")),
         *((name, _DOUBLE) for name in ("eps", "rotary_factor")),
     ]
@@ -69,13 +68,13 @@ class _Step(ctypes.Structure):
         *((name, _INT) for name in ("layer_stride", "block_stride", "num_blocks", "block_size")),
         *((name, _INT) for name in ("num_tokens", "num_rows", "num_windows")),
         *((name, _INT) for name in ("is_deterministic", "is_int8")),
-        ("reduce", _ADDRESS),
+        *((name, _ADDRESS) for name in ("tensor", "slice")),
     ]
 
 
 # `quire::Choice` in csrc/step.h.
 CHOICE = np.dtype([*((name, np.float64) for name in ("temperature", "min_p", "top_p", "u")), ("top_k", np.int64)])
-_REDUCE = ctypes.CFUNCTYPE(None, _ADDRESS, _INT)
+_BROKEN = 3  # kBroken in csrc/peers.h
 _TEXT = (ctypes.c_char_p, _INT)
 _SIGNATURES = {
     "quire_engine_new": (_ADDRESS, _INT),
@@ -104,7 +103,7 @@ class Rows:
     """Rows of a weight matrix in the order of the product's columns; None stands for a column of zeros.
 
     Attributes:
-        weights: each [n, depth], of one dtype, contiguous.
+        weights: each [n, depth], of one dtype, all of one depth; elements of a row are contiguous, rows need not be.
         order: int64 [columns], numbers of rows counted through all `weights`; -1 is a column of zeros.
         biases: for each of `weights`, [n] or None.
     """
@@ -149,7 +148,16 @@ class LayerRows:
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """Sizes and constants; windows are the different sliding windows of the layers, 0 for none."""
+    """Sizes of a rank's part of a model, and constants.
+
+    Attributes:
+        q_heads: the rank's own; its columns of o are theirs.
+        kv_heads: of its slice, as its pages have them.
+        intermediate: the rank's units of the MLP.
+        vocab: rows of the embedding.
+        windows: the different sliding windows of the layers, 0 for none.
+        attended_heads: query heads of the slice, q_heads times the groups that hold its pages; 0: the own ones.
+    """
 
     hidden: int
     q_heads: int
@@ -160,6 +168,31 @@ class DecoderShape:
     eps: float
     rotary_factor: float
     windows: tuple[int, ...]
+    attended_heads: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.attended_heads:
+            object.__setattr__(self, "attended_heads", self.q_heads)
+        for name in ("q_heads", "kv_heads"):
+            if self.attended_heads % getattr(self, name):
+                raise ValueError(
+                    f"attended_heads: got {self.attended_heads}, must be a multiple of the {getattr(self, name)} {name}"
+                )
+
+    @property
+    def num_groups(self) -> int:
+        return self.attended_heads // self.q_heads
+
+    def tensor_bytes(self, tokens: int) -> int:
+        """Bytes that a rank gives in an exchange of a step's `tensor` group."""
+        return tokens * self.hidden * 4
+
+    def slice_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        """Bytes that a rank gives at most in an exchange of a step's `slice` group; 0 where there is none."""
+        if self.num_groups == 1:
+            return 0
+        found = self.attended_heads * (self.head_dim + 1) * 4
+        return tokens * max(found, self.q_heads * self.head_dim * dtype.itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +200,10 @@ class Head:
     """What the head says of S rows.
 
     Attributes:
-        tokens: int32 [S], the likeliest token of each, of equals the lowest id.
+        tokens: int32 [S], the likeliest token of each, of equals the lowest id: its row in the head.
         values: float32 [S], its logit.
         totals: float32 [S], the sum of the row's logits: not finite where one logit is not.
-        logits: float32 [S, vocab], or None where they were not asked for.
+        logits: float32 [S, rows of the head], or None where they were not asked for.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -186,8 +219,8 @@ class NativeDecoder:
         self,
         shape: DecoderShape,
         dtype: torch.dtype,
-        embedding: torch.Tensor,
-        norm: torch.Tensor,
+        embedding: torch.Tensor | None,
+        norm: torch.Tensor | None,
         frequencies: torch.Tensor,
         backend: cpu.Native,
         threads: int,
@@ -198,8 +231,8 @@ class NativeDecoder:
 
         Args:
             dtype: float32 or bfloat16, of weights and pages.
-            embedding: [vocab, hidden] of `dtype`, contiguous; read where it lies.
-            norm: float32 [hidden], of the last norm.
+            embedding: [vocab, hidden] of `dtype`, contiguous; read where it lies. None behind the first stage.
+            norm: float32 [hidden], of the last norm. None before the last stage, which alone has a head.
             frequencies: float64 [head_dim / 2].
             threads: that work on a step, the caller's included.
             deterministic: sum every row in one order, whatever the batch, the chunk and the number of threads.
@@ -215,6 +248,7 @@ class NativeDecoder:
             frequencies=self._pointer(frequencies),
             hidden=shape.hidden,
             q_heads=shape.q_heads,
+            attended_heads=shape.attended_heads,
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
             intermediate=shape.intermediate,
@@ -247,6 +281,7 @@ class NativeDecoder:
         self._model.layers, self._model.num_layers = array, len(array)
 
     def set_head(self, head: Rows) -> None:
+        """Pack the head: the vocabulary, or a rank's rows of it."""
         (self._model.head,) = self._pack((head,))
 
     def forward(
@@ -258,25 +293,45 @@ class NativeDecoder:
         pool: torch.Tensor,
         pages: Mapping[int, PageList],
         masks: Mapping[int, Mask],
-        reduce: Callable[[torch.Tensor], None] | None = None,
+        *,
+        hidden: torch.Tensor | None = None,
+        tensor: Peers | None = None,
+        slice: Peers | None = None,
     ) -> torch.Tensor:
         """Run all layers over one ragged batch of T tokens in R rows.
 
         Args:
-            tokens, positions, slots: int64 [T].
+            tokens, positions, slots: int64 [T]; a slot of -1 is in another group's page, and not written.
             query_start: int32 [R+1].
             pool: as in `kernels.ops`; this step's K and V are written, in every layer before any row attends.
-            pages, masks: by window, all of the shape's windows; all pages lie in `pool`.
-            reduce: of a tensor-parallel rank, called twice a layer with its float32 [T * hidden] part of a sum, which
-                it replaces by the sum over all ranks. It must not raise.
+            pages, masks: by window, all of the shape's windows; all pages lie in `pool`, of a split slice the own
+                group's only.
+            hidden: float32 [T, hidden], contiguous, from the stage before; it is changed, and `tokens` are not read.
+            tensor: the ranks among which heads, MLP units and so all sums are split; None: all is here. All of a group
+                give the same rows of the same tokens, and get the same bits.
+            slice: the ranks that hold the pages of these kv heads, shape.num_groups of them in the order of their
+                heads; None: all pages are here.
 
         Returns:
             float32 [T, hidden], the residual stream behind the last layer.
 
         Raises:
-            ValueError: an id that may not be; MemoryError. Nothing was written then.
+            ValueError: an id that may not be, or more tokens than a group's regions hold; MemoryError. Nothing was
+                written or exchanged then.
+            PeersBroken: an exchange failed; this step's K and V may be there or not.
         """
-        hidden = torch.empty((len(tokens), self._shape.hidden), dtype=torch.float32)
+        if hidden is None:
+            if self._model.embedding is None:
+                raise ValueError("hidden: got none, must be given where there is no embedding (a later stage)")
+            hidden = torch.empty((len(tokens), self._shape.hidden), dtype=torch.float32)
+            ids: int | None = tokens.data_ptr()
+        else:
+            _check_hidden(hidden, len(tokens), self._shape.hidden)
+            ids = None
+        if (1 if slice is None else slice.size) != self._shape.num_groups:
+            got = "none" if slice is None else f"{slice.size} ranks"
+            raise ValueError(f"slice: got {got}, must be the {self._shape.num_groups} groups of the shape")
+        tensor, slice = (None if each is None or each.size == 1 else each for each in (tensor, slice))
         lists = [pages[window] for window in self._shape.windows]
         count = len(lists)
         windows = (_INT * count)(*self._shape.windows)
@@ -284,10 +339,10 @@ class NativeDecoder:
         starts = (_ADDRESS * count)(*(each.start.data_ptr() for each in lists))
         blocks = (_ADDRESS * count)(*(each.block.data_ptr() for each in lists))
         positions_of = (_ADDRESS * count)(*(each.position.data_ptr() for each in lists))
-        hook = None if reduce is None else _REDUCE(lambda data, count: reduce(_floats(data, count)))
         size = pool.element_size()
         step = _Step(
-            *(each.data_ptr() for each in (tokens, positions, slots, query_start)),
+            ids,
+            *(each.data_ptr() for each in (positions, slots, query_start)),
             masks[self._shape.windows[0]].first_position.data_ptr(),
             *(ctypes.addressof(each) for each in (starts, blocks, positions_of, windows, entries)),
             pool.data_ptr(),
@@ -301,18 +356,26 @@ class NativeDecoder:
             count,
             int(self._deterministic),
             int(pool.dtype == torch.int8),
-            None if hook is None else ctypes.cast(hook, _ADDRESS),
+            *(None if each is None else ctypes.addressof(each.struct) for each in (tensor, slice)),
         )
         message = ctypes.create_string_buffer(cpu.MESSAGE_BYTES)
-        cpu.raise_for(self._library.quire_forward(self._engine, self._model, step, message, cpu.MESSAGE_BYTES), message)
+        code = self._library.quire_forward(self._engine, self._model, step, message, cpu.MESSAGE_BYTES)
+        if code == _BROKEN:
+            raise next(each.broken() for each in (tensor, slice) if each is not None and each.is_broken)
+        cpu.raise_for(code, message)
         return hidden
 
     def head(self, hidden: torch.Tensor, rows: npt.NDArray[np.int64], *, logits: bool) -> Head:
-        """Norm and head over some rows of what `forward` returned; all their logits too where asked for."""
+        """Norm and head over some rows of what `forward` returned; all their logits too where asked for.
+
+        Raises: ValueError: a row that is not there, or a stage that has no head; MemoryError.
+        """
+        if self._model.norm is None or not self._model.head.packed:
+            raise ValueError("head: this decoder has no norm and head; the last stage has them")
         count = len(rows)
         if count and not (rows.min() >= 0 and rows.max() < len(hidden)):
             raise ValueError(f"rows: got {rows.min()} to {rows.max()}, must be from 0 to {len(hidden) - 1}")
-        out = torch.empty((count, self._shape.vocab), dtype=torch.float32) if logits else None
+        out = torch.empty((count, self._model.head.columns), dtype=torch.float32) if logits else None
         found = Head(np.empty(count, np.int32), np.empty(count, np.float32), np.empty(count, np.float32), out)
         results = (each.ctypes.data for each in (found.tokens, found.values, found.totals))
         where = (hidden.data_ptr(), rows.ctypes.data, count, None if out is None else out.data_ptr())
@@ -340,11 +403,18 @@ class NativeDecoder:
         for rows in matrices:
             panels = -(-len(rows.order) // PANEL)
             columns = rows.weights[0].shape[1]
+            assert all(
+                each.shape[1] == columns and each.dtype == self._dtype and (columns == 1 or each.stride(1) == 1)
+                for each in rows.weights
+            )
             words = -(-columns // 2) if is_bf16 else columns
             offsets.append((size, words))
             table = np.zeros(panels * PANEL, np.uint64)
             starts = np.concatenate(
-                [each.data_ptr() + np.arange(len(each), dtype=np.uint64) * (columns * element) for each in rows.weights]
+                [
+                    each.data_ptr() + np.arange(len(each), dtype=np.uint64) * (each.stride(0) * element)
+                    for each in rows.weights
+                ]
             )
             there = rows.order >= 0
             table[: len(there)][there] = starts[rows.order[there]]
@@ -391,9 +461,12 @@ def _choose(
     return tokens
 
 
-def _floats(data: int, count: int) -> torch.Tensor:
-    """float32 [count] that lie at an address."""
-    return torch.frombuffer((ctypes.c_float * count).from_address(data), dtype=torch.float32)
+def _check_hidden(hidden: torch.Tensor, tokens: int, columns: int) -> None:
+    if hidden.shape != (tokens, columns) or hidden.dtype != torch.float32 or not hidden.is_contiguous():
+        raise ValueError(
+            f"hidden: got {hidden.dtype} {tuple(hidden.shape)} of strides {hidden.stride()}, must be float32 "
+            f"({tokens}, {columns}), contiguous"
+        )
 
 
 def _bias(rows: Rows) -> torch.Tensor | None:

@@ -1,4 +1,5 @@
-// The C interface that cpu.py loads. Calls return 0, 1 (a mistake in the arguments, told in `message`) or 2 (no memory).
+// The C interface that cpu.py loads. Calls return 0, 1 (a mistake in the arguments, told in `message`), 2 (no memory) or
+// 3 (the group of ranks is broken).
 #pragma once
 #include "call.h"
 
@@ -42,20 +43,24 @@ QUIRE_EXPORT uint64_t quire_read(const char* data, int64_t bytes);
 namespace quire {
 struct Choice;
 struct Model;
+struct Peers;
 struct Step;
 class Engine;
+class SharedCount;
 }  // namespace quire
 
 // Threads and working memory of decoder steps; null where there is no memory or no thread to be had.
 QUIRE_EXPORT quire::Engine* quire_engine_new(int64_t threads);
+// For tests: one whose team has another size after each run.
+QUIRE_EXPORT quire::Engine* quire_engine_restless(int64_t threads);
 QUIRE_EXPORT void quire_engine_free(quire::Engine* engine);
 
-// All layers over one batch; step->hidden is written.
+// All layers over one batch; step->hidden is written. Nothing is written or exchanged on a mistake.
 QUIRE_EXPORT int64_t quire_forward(quire::Engine* engine, const quire::Model* model, const quire::Step* step,
                                    char* message, int64_t size);
 
 // Final norm and head over some rows of `hidden`: each row's likeliest token, its logit, the sum of its logits, and
-// where `logits` is given all of them, [num_rows][vocab].
+// where `logits` is given all of them, [num_rows][columns of the head].
 QUIRE_EXPORT int64_t quire_head(quire::Engine* engine, const quire::Model* model, const float* hidden,
                                 const int64_t* rows, int64_t num_rows, float* logits, int32_t* tokens, float* values,
                                 float* totals);
@@ -67,3 +72,13 @@ QUIRE_EXPORT int64_t quire_choose(quire::Engine* engine, int64_t level, const fl
 
 // Packs weights for products: lane l of panel p takes row rows[32 p + l] of `columns` elements, zeros where null.
 QUIRE_EXPORT void quire_pack(const char* const* rows, int64_t panels, int64_t columns, int64_t is_bf16, uint32_t* to);
+
+// Exchanges of ranks (peers.h): one turn; what `Peers::exchange` is for ranks of one host, with a Member for context.
+QUIRE_EXPORT int64_t quire_exchange(quire::Peers* peers, int64_t bytes);
+QUIRE_EXPORT int64_t quire_shared_exchange(void* context, int64_t parity, int64_t bytes);
+
+// A SharedCount: waits until it has come to `least`, adds one, breaks it for good, tells whether it is broken.
+QUIRE_EXPORT int64_t quire_count_await(quire::SharedCount* count, uint32_t least);
+QUIRE_EXPORT void quire_count_advance(quire::SharedCount* count);
+QUIRE_EXPORT void quire_count_fail(quire::SharedCount* count);
+QUIRE_EXPORT int64_t quire_count_is_broken(const quire::SharedCount* count);

@@ -1,5 +1,9 @@
 // The decoder's step: all layers over one ragged batch on the threads of a team, and the head over some of its rows.
 //
+// A model may be split over ranks (peers.h). Each sums its share of the columns that enter a product, and all add up
+// what all have. Where the pages of a slice of the kv heads lie in several groups, each rank attends its own pages for
+// the query heads of all, and merges what all found for its own heads.
+//
 // Every thread runs the same sequence of phases. A phase's work is claimed in pieces and ends at a barrier; rows so few
 // that a barrier would cost more are prepared by each thread for itself.
 #include <algorithm>
@@ -12,6 +16,7 @@
 
 #include "exports.h"
 #include "merge.h"
+#include "peers.h"
 #include "plan.h"
 #include "step.h"
 #include "team.h"
@@ -25,7 +30,7 @@ constexpr int64_t kBlockRows = 192;   // rows of a block otherwise: its left sid
 constexpr int64_t kBlockPanels = 4;
 constexpr int64_t kRowsPerClaim = 8;
 constexpr int64_t kFetchIdle = 128 * 1024;
-constexpr int64_t kPhases = 10;       // of a layer, at most
+constexpr int64_t kPhases = 14;       // of a layer, at most
 
 int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
@@ -57,11 +62,18 @@ int64_t row_words(int64_t depth) {
     return words % 1024 ? words : words + 16;
 }
 
+// Bytes that a rank gives for a sum over the ranks, and for what its pages say to the queries of its slice.
+int64_t tensor_bytes(const Model& model, int64_t tokens) { return tokens * model.hidden * 4; }
+int64_t found_bytes(const Model& model, int64_t tokens) {
+    return tokens * model.attended_heads * (model.head_dim + 1) * 4;
+}
+
 }  // namespace
 
 class Engine {
 public:
-    explicit Engine(int64_t threads) : team_(threads), own_(new Buffer[team_.size()]) {}
+    explicit Engine(int64_t threads, Patience patience = {})
+        : team_(threads, patience), own_(new Buffer[team_.size()]) {}
 
     int64_t forward(const Model& model, const Step& step, char* message, int64_t size);
     int64_t head(const Model& model, const float* hidden, const int64_t* rows, int64_t num_rows, float* logits,
@@ -89,7 +101,7 @@ private:
     friend class Forward;
     Team team_;
     std::unique_ptr<Buffer[]> own_;  // by thread
-    Buffer angles_, left_, qkv_, q_, attended_, lse_, act_, partial_, best_;
+    Buffer angles_, left_, qkv_, q_, attended_, lse_, act_, best_;
 };
 
 // One call of forward, as its threads see it.
@@ -106,17 +118,23 @@ public:
           element_(model.is_bf16 ? 2 : 4),
           per_word_(model.is_bf16 ? 2 : 1),
           q_columns_(model.q_heads * model.head_dim),
+          attended_columns_(model.attended_heads * model.head_dim),
           qkv_columns_((model.q_heads + 2 * model.kv_heads) * model.head_dim) {
         const int64_t widest = std::max(model.hidden, q_columns_);
         angles_ = engine.angles_.floats(tokens_ * model.head_dim);
         left_ = engine.left_.take(tokens_ * row_words(divide_up(widest, per_word_)) * 4);
         qkv_ = engine.qkv_.floats(tokens_ * qkv_columns_);
-        q_ = engine.q_.take(tokens_ * q_columns_ * element_);
+        q_ = engine.q_.take(tokens_ * attended_columns_ * element_);
         attended_ = engine.attended_.floats(tokens_ * q_columns_);
-        lse_ = engine.lse_.floats(tokens_ * model.q_heads);
+        out_ = attended_;
+        if (step.slice) {  // a layer takes two of its turns: what is found goes into the region of every second
+            out_ = reinterpret_cast<float*>(step.slice->turn_regions(1)[step.slice->rank]);
+            lse_ = out_ + tokens_ * attended_columns_;
+        } else {
+            lse_ = engine.lse_.floats(tokens_ * model.q_heads);
+        }
         act_row_ = row_words(divide_up(divide_up(model.intermediate, kHalfPanel) * kHalfPanel, per_word_));
         act_ = engine.act_.take(tokens_ * act_row_ * 4);
-        if (step.reduce) partial_ = engine.partial_.floats(tokens_ * model.hidden);
         for (int64_t thread = 0; tokens_ <= kOwnRows && thread < team_.size(); thread++)
             engine.own_[thread].take(kOwnRows * row_words(divide_up(widest, per_word_)) * 4);
         for (int64_t window = 0; window < step.num_windows; window++) {
@@ -129,6 +147,7 @@ public:
 
     int64_t num_phases() const { return kPhases * (model_.num_layers + 1); }
     bool failed() const { return failed_.load(); }
+    bool broken() const { return broken_.load(); }
     const std::vector<Call>& calls() const { return calls_; }
 
     void operator()(int64_t thread) {
@@ -142,11 +161,13 @@ public:
             multiply(thread, phase, left, layer.qkv, End::kStore, qkv_, nullptr, qkv_columns_);
             fetch(thread, layer.o, kFetchIdle);
             rotate(phase, layer, index);
+            if (step_.slice && !gather_queries(thread, phase)) return;
             attend(phase, layer, index, scratch);
-            add_to_hidden(thread, phase, attended_left(thread, phase), layer.o);
+            if (step_.slice && !merge_groups(thread, phase)) return;
+            if (!add_to_hidden(thread, phase, attended_left(thread, phase), layer.o)) return;
             left = normed(thread, phase, layer.mlp_norm);
             multiply(thread, phase, left, layer.gate_up, End::kSwish, nullptr, act_, act_row_ * per_word_);
-            add_to_hidden(thread, phase, Left{act_, act_row_}, layer.down);
+            if (!add_to_hidden(thread, phase, Left{act_, act_row_}, layer.down)) return;
         }
     }
 
@@ -159,19 +180,19 @@ private:
     Call call_of(int64_t window) const {
         Call call{};
         call.q = q_;
-        call.q_stride = q_columns_;
+        call.q_stride = attended_columns_;
         call.query_start = step_.query_start;
         call.first_position = step_.first_position;
         call.num_pools = 1;
         call.page_start = step_.page_start[window];
         call.page_block = step_.page_block[window];
         call.page_position = step_.page_position[window];
-        call.out = attended_;
+        call.out = out_;
         call.lse = lse_;
         call.num_tokens = tokens_;
         call.num_rows = step_.num_rows;
         call.num_entries = step_.num_entries[window];
-        call.q_heads = model_.q_heads;
+        call.q_heads = model_.attended_heads;
         call.kv_heads = model_.kv_heads;
         call.head_dim = model_.head_dim;
         call.block_size = step_.block_size;
@@ -199,8 +220,9 @@ private:
     void start(int64_t& phase) {
         const int64_t half = model_.head_dim / 2;
         rows(phase, [&](int64_t row) {
-            kernels_.widen(model_.embedding + step_.tokens[row] * model_.hidden * element_, model_.hidden,
-                           step_.hidden + row * model_.hidden);
+            if (step_.tokens)
+                kernels_.widen(model_.embedding + step_.tokens[row] * model_.hidden * element_, model_.hidden,
+                               step_.hidden + row * model_.hidden);
             // in double: float is 0.05 rad off at a million
             for (int64_t i = 0; i < half; i++) {
                 const double angle = (double)step_.positions[row] * model_.frequencies[i];
@@ -271,25 +293,78 @@ public:
     }
 
 private:
-    // hidden += left * matrix; over ranks first where there are several.
-    void add_to_hidden(int64_t thread, int64_t& phase, Left left, const Matrix& matrix) {
-        if (!step_.reduce) return multiply(thread, phase, left, matrix, End::kAdd, step_.hidden, nullptr, model_.hidden);
-        multiply(thread, phase, left, matrix, End::kStore, partial_, nullptr, model_.hidden);
-        Counter& counter = team_.counter(phase++);
-        if (counter.claim(1) == 0) step_.reduce(partial_, tokens_ * model_.hidden);
-        team_.barrier();
+    // One turn of a group, after which all threads may read what `peers.last_regions()` gives. False: a broken group.
+    bool exchange(int64_t thread, Peers& peers, int64_t bytes) {
+        if (thread == 0) {
+            const auto began = std::chrono::steady_clock::now();
+            if (quire::exchange(peers, bytes)) broken_.store(true);
+            team_.waited(std::chrono::steady_clock::now() - began);
+        }
+        team_.barrier(true);
+        return !broken_.load();
+    }
+
+    // hidden += left * matrix, summed over the ranks in their order: so all have the same bits. False: a broken group.
+    bool add_to_hidden(int64_t thread, int64_t& phase, Left left, const Matrix& matrix) {
+        if (!step_.tensor) {
+            multiply(thread, phase, left, matrix, End::kAdd, step_.hidden, nullptr, model_.hidden);
+            return true;
+        }
+        Peers& peers = *step_.tensor;
+        float* const own = reinterpret_cast<float*>(peers.turn_regions()[peers.rank]);
+        multiply(thread, phase, left, matrix, End::kStore, own, nullptr, model_.hidden);
+        if (!exchange(thread, peers, tensor_bytes(model_, tokens_))) return false;
+        char* const* const parts = peers.last_regions();
         rows(phase, [&](int64_t row) {
-            kernels_.add(partial_ + row * model_.hidden, model_.hidden, step_.hidden + row * model_.hidden);
+            for (int64_t rank = 0; rank < peers.size; rank++)
+                kernels_.add(reinterpret_cast<const float*>(parts[rank]) + row * model_.hidden, model_.hidden,
+                             step_.hidden + row * model_.hidden);
         });
+        return true;
+    }
+
+    // The queries of all groups of the slice, side by side. False: a broken group.
+    bool gather_queries(int64_t thread, int64_t& phase) {
+        Peers& peers = *step_.slice;
+        const int64_t row_bytes = q_columns_ * element_;
+        if (!exchange(thread, peers, tokens_ * row_bytes)) return false;
+        char* const* const parts = peers.last_regions();
+        rows(phase, [&](int64_t row) {
+            for (int64_t rank = 0; rank < peers.size; rank++)
+                std::memcpy(q_ + (row * peers.size + rank) * row_bytes, parts[rank] + row * row_bytes, row_bytes);
+        });
+        return true;
+    }
+
+    // What the groups found for this rank's heads becomes one. False: a broken group.
+    bool merge_groups(int64_t thread, int64_t& phase) {
+        Peers& peers = *step_.slice;
+        if (!exchange(thread, peers, found_bytes(model_, tokens_))) return false;
+        char* const* const parts = peers.last_regions();
+        const int64_t dim = model_.head_dim;
+        rows(phase, [&](int64_t row) {
+            for (int64_t head = 0; head < model_.q_heads; head++) {
+                const int64_t from = row * model_.attended_heads + peers.rank * model_.q_heads + head;
+                const auto part = [&](int64_t rank) {
+                    const float* const outs = reinterpret_cast<const float*>(parts[rank]);
+                    return Part{outs + from * dim, outs[tokens_ * attended_columns_ + from]};
+                };
+                float lse;
+                merge_parts(part, peers.size, dim, attended_ + row * q_columns_ + head * dim, &lse);
+            }
+        });
+        return true;
     }
 
     void rotate(int64_t& phase, const Layer& layer, int64_t index) {
         const Rotation rotation{qkv_,           angles_,        layer.q_norm,      layer.k_norm,
-                                q_,             step_.pool + index * step_.layer_stride,
+                                rotated_q(),    step_.pool + index * step_.layer_stride,
                                 step_.block_stride, step_.slots, model_.q_heads,   model_.kv_heads,
                                 model_.head_dim, step_.block_size, step_.is_int8,  model_.eps};
         rows(phase, [&](int64_t row) { kernels_.rotate(rotation, row); });
     }
+
+    char* rotated_q() const { return step_.slice ? step_.slice->turn_regions()[step_.slice->rank] : q_; }
 
     void attend(int64_t& phase, const Layer& layer, int64_t index, char* scratch) {
         const Plan& plan = plans_[layer.window];
@@ -324,15 +399,32 @@ private:
     const Step& step_;
     const Level& level_;
     const StepKernels& kernels_;
-    const int64_t tokens_, element_, per_word_, q_columns_, qkv_columns_;
-    float *angles_, *qkv_, *attended_, *lse_, *partial_ = nullptr;
+    const int64_t tokens_, element_, per_word_, q_columns_, attended_columns_, qkv_columns_;
+    float *angles_, *qkv_;
+    float *out_, *lse_;  // of this rank's pages: [tokens][attended_heads][head_dim] and [tokens][attended_heads]
+    float* attended_;    // of all pages: [tokens][q_heads][head_dim]
     char *left_, *q_, *act_;
     int64_t act_row_;
     std::vector<Call> calls_;
     std::vector<Plan> plans_;
     std::vector<Pool> pools_;
-    std::atomic<bool> failed_{false};
+    std::atomic<bool> failed_{false}, broken_{false};
 };
+
+namespace {
+
+// Whether the bytes of a step fit into a region of its group; if not, `message` says so.
+bool fits(const char* name, const Peers* peers, int64_t tokens, int64_t bytes, char* message, int64_t size) {
+    if (!peers || bytes <= peers->capacity) return true;
+    std::snprintf(message, (size_t)size,
+                  "%s: a step of %lld tokens exchanges %lld bytes, its regions hold %lld; give the group larger ones "
+                  "or the step at most %lld tokens",
+                  name, (long long)tokens, (long long)bytes, (long long)peers->capacity,
+                  (long long)(peers->capacity / (bytes / tokens)));
+    return false;
+}
+
+}  // namespace
 
 int64_t Engine::forward(const Model& model, const Step& step, char* message, int64_t size) {
     const Level* level = level_of(model.level);
@@ -340,8 +432,14 @@ int64_t Engine::forward(const Model& model, const Step& step, char* message, int
         std::snprintf(message, (size_t)size, "level %lld is not built", (long long)model.level);
         return 1;
     }
+    const int64_t slice_bytes =
+        std::max(found_bytes(model, step.num_tokens),
+                 step.num_tokens * model.q_heads * model.head_dim * (model.is_bf16 ? 2 : 4));
+    if (!fits("tensor", step.tensor, step.num_tokens, tensor_bytes(model, step.num_tokens), message, size) ||
+        !fits("slice", step.slice, step.num_tokens, slice_bytes, message, size))
+        return 1;
     for (int64_t t = 0; t < step.num_tokens; t++) {
-        if (step.tokens[t] < 0 || step.tokens[t] >= model.vocab) {
+        if (step.tokens && (step.tokens[t] < 0 || step.tokens[t] >= model.vocab)) {
             std::snprintf(message, (size_t)size, "tokens[%lld]: got %lld, must be from 0 to %lld", (long long)t,
                           (long long)step.tokens[t], (long long)model.vocab - 1);
             return 1;
@@ -359,7 +457,7 @@ int64_t Engine::forward(const Model& model, const Step& step, char* message, int
         if (faulty(call, message, (size_t)size)) return 1;
     }
     team_.run(forward.num_phases(), forward);
-    return forward.failed() ? 2 : 0;
+    return forward.broken() ? kBroken : forward.failed() ? 2 : 0;
 }
 
 int64_t Engine::head(const Model& model, const float* hidden, const int64_t* rows, int64_t num_rows, float* logits,
@@ -378,7 +476,7 @@ int64_t Engine::head(const Model& model, const float* hidden, const int64_t* row
         Best* const own = best + thread * num_rows;
         std::fill_n(own, num_rows, Best{-std::numeric_limits<float>::infinity(), 0, 0.f});
         team_.barrier();
-        const Product product{left, row_size, model.head, End::kBest, logits, nullptr, model.vocab, own};
+        const Product product{left, row_size, model.head, End::kBest, logits, nullptr, model.head.columns, own};
         Forward::deal(team_, 1, thread, kernels, product, num_rows);
     };
     team_.run(2, body);
@@ -401,6 +499,12 @@ int64_t Engine::head(const Model& model, const float* hidden, const int64_t* row
 
 quire::Engine* quire_engine_new(int64_t threads) try {
     return new quire::Engine(threads);
+} catch (const std::exception&) {
+    return nullptr;
+}
+
+quire::Engine* quire_engine_restless(int64_t threads) try {
+    return new quire::Engine(threads, quire::Patience{-1.0, 1, {}, {}});
 } catch (const std::exception&) {
     return nullptr;
 }

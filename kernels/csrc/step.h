@@ -5,6 +5,8 @@
 
 namespace quire {
 
+struct Peers;
+
 constexpr int kPanel = 32;      // columns of a panel of packed weights
 constexpr int kHalfPanel = 16;  // of a gate-and-up panel: so many columns of each
 
@@ -75,13 +77,16 @@ struct Layer {
     int64_t window;  // index into Step::calls
 };
 
+
+// A rank's part of a model: its layers, q_heads and units of the MLP, and of the kv heads those of its slice, whose
+// attended_heads (the q_heads of all its groups) it attends for the others too.
 struct Model {
     const Layer* layers;
-    const float* norm;
-    Matrix head;
-    const char* embedding;  // [vocab][hidden] elements
+    const float* norm;      // null, as is the head, where another stage has it
+    Matrix head;            // of any rows of the vocabulary
+    const char* embedding;  // [vocab][hidden] elements, or null
     const double* frequencies;  // [head_dim / 2]
-    int64_t num_layers, hidden, q_heads, kv_heads, head_dim, intermediate, vocab;
+    int64_t num_layers, hidden, q_heads, attended_heads, kv_heads, head_dim, intermediate, vocab;
     int64_t is_bf16, level;
     double eps, rotary_factor;
 };
@@ -92,14 +97,11 @@ struct Choice {
     int64_t top_k;
 };
 
-// Adds up `count` floats over the ranks of a tensor-parallel group.
-using Reduce = void (*)(float* data, int64_t count);
-
 // One ragged batch.
 struct Step {
-    const int64_t* tokens;
+    const int64_t* tokens;  // null: `hidden` comes from the stage before
     const int64_t* positions;
-    const int64_t* slots;
+    const int64_t* slots;  // below 0: another group's
     const int32_t* query_start;
     const int32_t* first_position;
     const int32_t* const* page_start;  // of each window, as are the next two
@@ -113,7 +115,8 @@ struct Step {
     int64_t num_tokens, num_rows, num_windows;
     int64_t is_deterministic;
     int64_t is_int8;  // the pool
-    Reduce reduce;  // null: one rank
+    Peers* tensor;  // the ranks that sum their parts of each product into `hidden`; null: this one alone
+    Peers* slice;   // the groups that hold pages of these kv heads; null: this one alone
 };
 
 }  // namespace quire

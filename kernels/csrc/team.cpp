@@ -7,19 +7,13 @@
 #include <algorithm>
 #include <climits>
 
+#include "relax.h"
+
 namespace quire {
 namespace {
 
 constexpr auto kSpin = std::chrono::microseconds(50);
 constexpr uint32_t kThreadBits = 16, kThreads = (1u << kThreadBits) - 1;
-
-void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
 
 }  // namespace
 
@@ -53,14 +47,14 @@ Team::~Team() {
     for (auto& other : others_) other.join();
 }
 
-void Team::barrier() {
+void Team::barrier(bool is_behind_a_wait) {
     const int64_t threads = size();  // not read behind the last barrier of a run
     if (threads == 1) return;
     const uint32_t passed = passed_.now();
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
         arrived_.store(0, std::memory_order_relaxed);
         passed_.raise(passed + 1);
-    } else if (const auto slept = passed_.wait(passed); slept.count() > 0) {
+    } else if (const auto slept = passed_.wait(passed); slept.count() > 0 && !is_behind_a_wait) {
         slept_.fetch_add(slept.count() / (threads - 1), std::memory_order_relaxed);
     }
 }
@@ -68,7 +62,8 @@ void Team::barrier() {
 // Whether the run was held up by threads that had no core, and what follows from it for the next one.
 void Team::judge(Clock::time_point began) {
     const auto now = Clock::now();
-    if (size() > 1 && (double)slept_.load() > patience_.part * (double)std::chrono::nanoseconds(now - began).count()) {
+    const auto worked = now - began - waited_;
+    if (size() > 1 && (double)slept_.load() > patience_.part * (double)std::chrono::nanoseconds(worked).count()) {
         good_runs_ = 0;
         if (++bad_runs_ < patience_.runs) return;
         bad_runs_ = 0;
@@ -97,6 +92,7 @@ void Team::start(int64_t phases, Function function, void* context) {
     function_ = function;
     context_ = context;
     slept_.store(0);
+    waited_ = {};
     const auto began = Clock::now();
     started_.raise(((started_.now() >> kThreadBits) + 1) << kThreadBits | (uint32_t)size());
     function(context, 0);

@@ -87,7 +87,11 @@ public:
         start(phases, [](void* context, int64_t thread) { (*static_cast<Body*>(context))(thread); }, &body);
     }
 
-    void barrier();
+    // Behind a phase in which one thread waited for other processes, sleeping is no sign of a missing core.
+    void barrier(bool is_behind_a_wait = false);
+
+    // Thread 0 waited so long for other processes in this run.
+    void waited(std::chrono::nanoseconds time) { waited_ += time; }
 
     // The pieces of a phase that any thread takes next.
     Counter& counter(int64_t phase) { return counters_[phase * size()]; }
@@ -127,6 +131,7 @@ private:
     std::chrono::nanoseconds pause_{0};
     Clock::time_point try_again_{};
     std::atomic<int64_t> slept_{0};  // nanoseconds in barriers of this run, of the thread that slept longest at each
+    std::chrono::nanoseconds waited_{0};
     alignas(64) std::atomic<int64_t> arrived_{0};
 };
 

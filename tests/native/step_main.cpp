@@ -1,5 +1,6 @@
 // Runs decoder steps of a small random model at every level, for the sanitizers: prefill and decode rows in one batch,
-// windows, odd sizes, pages in any order, teams of several sizes. Exit 1 where two teams disagree.
+// windows, odd sizes, pages in any order, teams of several sizes; two ranks that split their sums and their pages; what
+// a ring waits on. Exit 1 where two teams disagree.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "../../kernels/csrc/exports.h"
+#include "../../kernels/csrc/peers.h"
 #include "../../kernels/csrc/step.h"
 #include "../../kernels/csrc/team.h"
 
@@ -76,16 +78,16 @@ bool run(int64_t level, bool bf16, bool deterministic, bool int8) {
     std::vector<double> frequencies(dim / 2);
     for (int64_t i = 0; i < dim / 2; i++) frequencies[i] = std::pow(10000.0, -2.0 * (double)i / (double)dim);
     const Model model{layer.data(), weights.floats(hidden, 1.f), weights.matrix(vocab, hidden, false, false),
-                      weights.values(vocab * hidden, 1.f), frequencies.data(), layers, hidden, heads, kv_heads, dim,
+                      weights.values(vocab * hidden, 1.f), frequencies.data(), layers, hidden, heads, heads, kv_heads, dim,
                       intermediate, vocab, bf16, level, 1e-5, 1.0};
     // rows: a long prefill, a short one, decodes with a past; every past is computed first as a prefill of its own
     const std::vector<int64_t> lengths = {97, 5, 1, 23, 1};
     const int64_t blocks = 64, element = int8 ? 1 : bf16 ? 2 : 4;
     const int64_t block_bytes = 2 * kv_heads * head_bytes(block, dim, element, int8);
     std::vector<std::vector<float>> results;
-    for (int64_t threads : {1, 2, 3}) {
+    for (int64_t threads : {1, 2, 3, -2}) {  // the last: a team that changes its size between its runs
         std::unique_ptr<char[]> pool(new char[layers * blocks * block_bytes]());
-        Engine* engine = quire_engine_new(threads);
+        Engine* engine = threads > 0 ? quire_engine_new(threads) : quire_engine_restless(-threads);
         std::vector<int32_t> order(blocks);
         for (int64_t i = 0; i < blocks; i++) order[i] = (int32_t)((i * 37 + 11) % blocks);
         std::vector<float> all;
@@ -119,7 +121,7 @@ bool run(int64_t level, bool bf16, bool deterministic, bool int8) {
             const Step step{tokens.data(), positions.data(), slots.data(), query_start.data(), first.data(), starts,
                             page_ids, page_at, windows, entries, pool.get(), hidden_rows.data(),
                             blocks * block_bytes, block_bytes, blocks, block, count, (int64_t)lengths.size(), 2,
-                            deterministic, int8, nullptr};
+                            deterministic, int8, nullptr, nullptr};
             char message[200] = "";
             if (quire_forward(engine, &model, &step, message, sizeof message)) {
                 std::fprintf(stderr, "forward: %s\n", message);
@@ -133,6 +135,8 @@ bool run(int64_t level, bool bf16, bool deterministic, bool int8) {
                        best.data(), values.data(), totals.data());
             all.insert(all.end(), hidden_rows.begin(), hidden_rows.end());
             all.insert(all.end(), logits.begin(), logits.end());
+            all.insert(all.end(), best.begin(), best.end());
+            all.insert(all.end(), values.begin(), values.end());
             const Choice kinds[] = {{0.7, 0.0, 1.0, 0.5, vocab}, {1.3, 0.0, 0.8, 0.9, vocab}, {1.0, 0.1, 1.0, 0.3, 7},
                                     {0.9, 0.0, 0.5, 0.1, 20},    {1.0, 0.0, 0.9, 0.99, vocab - 1}};
             std::vector<Choice> choices;
@@ -152,6 +156,119 @@ bool run(int64_t level, bool bf16, bool deterministic, bool int8) {
                 std::fprintf(stderr, "level %d bf16 %d int8 %d: teams differ at %zu\n", (int)level, bf16, int8, i);
                 return false;
             }
+    return true;
+}
+
+// Two ranks in threads of one process, in what would be shared memory.
+struct Pair {
+    static constexpr int64_t kCapacity = 1 << 20;
+    std::unique_ptr<char[]> memory{new char[4 * kCapacity]};
+    alignas(64) char header[sizeof(Meeting)] = {};
+    Member member{reinterpret_cast<Meeting*>(header), 2};
+    std::vector<char*> regions;
+    std::vector<Peers> ranks;
+
+    Pair() {
+        for (int i = 0; i < 4; i++) regions.push_back(memory.get() + i * kCapacity);
+        for (int64_t rank = 0; rank < 2; rank++)
+            ranks.push_back({rank, 2, regions.data(), kCapacity, 0, &member, quire_shared_exchange});
+    }
+};
+
+// Each rank has all heads' weights of its own (three of six query heads), and every second page; a group that breaks.
+bool run_split(int64_t level, bool bf16, bool int8) {
+    const int64_t hidden = 45, heads = 3, kv_heads = 2, dim = 34, mlp = 32, vocab = 83, block = 4, blocks = 32;
+    const int64_t block_bytes = 2 * kv_heads * head_bytes(block, dim, int8 ? 1 : bf16 ? 2 : 4, int8);
+    Weights weights{{}, bf16};
+    std::vector<double> frequencies(dim / 2, 0.1);
+    Layer layer{weights.floats(hidden, 1.f), weights.floats(hidden, 1.f), nullptr, nullptr,
+                weights.matrix((heads + 2 * kv_heads) * dim, hidden, false, true),
+                weights.matrix(hidden, heads * dim, false, false), weights.matrix(mlp, hidden, true, false),
+                weights.matrix(hidden, mlp, false, false), 0};
+    const Model model{&layer, nullptr, {}, weights.values(vocab * hidden, 1.f), frequencies.data(), 1, hidden, heads,
+                      2 * heads, kv_heads, dim, mlp, vocab, bf16, level, 1e-5, 1.0};
+    Pair tensor, slice;
+    std::vector<float> rows[2];
+    int64_t codes[2] = {};
+    const auto rank_body = [&](int64_t rank) {
+        Engine* engine = quire_engine_new(2);
+        std::unique_ptr<char[]> pool(new char[blocks * block_bytes]());
+        for (int64_t length : {40, 3, 1}) {  // each alone, from its first token
+            std::vector<int64_t> tokens, positions, slots;
+            std::vector<int32_t> ids, at;
+            for (int64_t p = 0; p < length; p++) {
+                const int64_t page = p / block;
+                tokens.push_back(p * 31 % vocab);
+                positions.push_back(p);
+                slots.push_back(page % 2 == rank ? page / 2 * block + p % block : -1);
+                if (page % 2 == rank && p % block == 0) ids.push_back((int32_t)page / 2), at.push_back((int32_t)p);
+            }
+            const int32_t query_start[] = {0, (int32_t)length}, first[] = {0}, start[] = {0, (int32_t)ids.size()};
+            const int32_t *starts[] = {start}, *page_ids[] = {ids.data()}, *page_at[] = {at.data()};
+            const int64_t windows[] = {0}, entries[] = {(int64_t)ids.size()};
+            std::vector<float> out(length * hidden);
+            const Step step{tokens.data(), positions.data(), slots.data(), query_start, first, starts, page_ids,
+                            page_at, windows, entries, pool.get(), out.data(), blocks * block_bytes, block_bytes,
+                            blocks, block, length, 1, 1, 0, int8, &tensor.ranks[rank], &slice.ranks[rank]};
+            char message[200] = "";
+            codes[rank] = quire_forward(engine, &model, &step, message, sizeof message);
+            if (codes[rank]) std::fprintf(stderr, "split: %s\n", message);
+            rows[rank].insert(rows[rank].end(), out.begin(), out.end());
+        }
+        quire_engine_free(engine);
+    };
+    std::thread other(rank_body, 1);
+    rank_body(0);
+    other.join();
+    for (float x : rows[0])
+        if (!std::isfinite(x)) return std::fprintf(stderr, "split: not finite\n"), false;
+    if (codes[0] || codes[1] || rows[0] != rows[1]) return std::fprintf(stderr, "split: ranks differ\n"), false;
+    return true;
+}
+
+// Numbers through a circle of three, and the end of whoever waits when it breaks.
+bool counts_hand_on_and_break() {
+    alignas(64) char memory[2][sizeof(SharedCount)] = {};
+    auto* const published = reinterpret_cast<SharedCount*>(memory[0]);
+    auto* const released = reinterpret_cast<SharedCount*>(memory[1]);
+    int64_t slots[3] = {}, sum = 0, code = 0;
+    std::thread producer([&] {
+        for (int64_t i = 0; i < 3000; i++) {
+            if (quire_count_await(released, (uint32_t)(i - 2) & 0x7fffffff)) return;
+            slots[i % 3] = i;
+            quire_count_advance(published);
+        }
+    });
+    for (int64_t i = 0; i < 3000; i++) {
+        if (quire_count_await(published, (uint32_t)i + 1)) break;
+        sum += slots[i % 3];
+        quire_count_advance(released);
+    }
+    producer.join();
+    std::thread waiting([&] { code = quire_count_await(published, 3001); });
+    quire_count_fail(published);
+    waiting.join();
+    if (sum == 2999 * 1500 && code == kBroken) return true;
+    return std::fprintf(stderr, "counts: %d %d\n", (int)sum, (int)code), false;
+}
+
+// Threads that sleep while the first waits for another process do have cores.
+bool team_stays_through_waits() {
+    Patience patience;
+    patience.part = 3;  // of the time that is not spent waiting: a busy machine comes to 1, sleep that counts to 30
+    Team team(3, patience);
+    for (int i = 0; i < 24; i++) {
+        auto body = [&](int64_t thread) {
+            if (thread == 0) {
+                const auto began = std::chrono::steady_clock::now();
+                std::this_thread::sleep_for(std::chrono::milliseconds(3));
+                team.waited(std::chrono::steady_clock::now() - began);
+            }
+            team.barrier(true);
+        };
+        team.run(1, body);
+    }
+    if (team.size() != 3) return std::fprintf(stderr, "%d threads after waits\n", (int)team.size()), false;
     return true;
 }
 
@@ -194,7 +311,11 @@ bool team_lets_go_and_comes_back() {
 }  // namespace
 
 int main() {
-    if (!team_lets_go_and_comes_back()) return 1;
+    if (!team_lets_go_and_comes_back() || !team_stays_through_waits() || !counts_hand_on_and_break()) return 1;
+    for (int64_t level = 0; level < 3; level++)
+        for (int bf16 = 0; bf16 < 2; bf16++)
+            for (int int8 = 0; int8 < 2; int8++)
+                if ((quire_levels() >> level & 1) && !run_split(level, bf16, int8)) return 1;
     for (int64_t level = 0; level < 3; level++)
         for (int bf16 = 0; bf16 < 2; bf16++)
             for (int deterministic = 0; deterministic < 2; deterministic++)

@@ -1,0 +1,68 @@
+#include "peers.h"
+
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <climits>
+
+#include "exports.h"
+#include "relax.h"
+
+namespace quire {
+namespace {
+
+constexpr auto kSpin = std::chrono::microseconds(5);  // ranks outnumber cores: who waits longer makes room
+constexpr timespec kLookAgain{0, 100'000'000};        // in case that who should have woken us died before it did
+
+}  // namespace
+
+static_assert(sizeof(std::atomic<uint32_t>) == 4 && std::atomic<uint32_t>::is_always_lock_free);
+static_assert(sizeof(SharedCount) == 64 && sizeof(Meeting) == 128);
+
+void SharedCount::wake() {  // behind a change of the value; sleepers are counted before they look at it
+    if (sleepers_.load()) syscall(SYS_futex, &value_, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
+
+int64_t SharedCount::await(uint32_t count) {
+    // The sign of the difference of two numbers of 31 bits, held in the upper bits of 32.
+    const auto is_there = [count](uint32_t value) { return (int32_t)((value & ~1u) - (count << 1)) >= 0; };
+    uint32_t value = value_.load(std::memory_order_acquire);
+    for (const auto until = std::chrono::steady_clock::now() + kSpin; !(value & 1) && !is_there(value);) {
+        for (int i = 0; i < 16 && !(value & 1) && !is_there(value); i++) {
+            relax();
+            value = value_.load(std::memory_order_acquire);
+        }
+        if (std::chrono::steady_clock::now() >= until) break;
+    }
+    if (!(value & 1) && !is_there(value)) {
+        sleepers_.fetch_add(1);
+        while (value = value_.load(), !(value & 1) && !is_there(value))
+            syscall(SYS_futex, &value_, FUTEX_WAIT, value, &kLookAgain, nullptr, 0);
+        sleepers_.fetch_sub(1);
+    }
+    return value & 1 ? kBroken : 0;
+}
+
+}  // namespace quire
+
+int64_t quire_count_await(quire::SharedCount* count, uint32_t least) { return count->await(least); }
+void quire_count_advance(quire::SharedCount* count) { count->advance(); }
+void quire_count_fail(quire::SharedCount* count) { count->fail(); }
+int64_t quire_count_is_broken(const quire::SharedCount* count) { return count->is_broken(); }
+
+int64_t quire_exchange(quire::Peers* peers, int64_t bytes) { return quire::exchange(*peers, bytes); }
+
+int64_t quire_shared_exchange(void* context, int64_t, int64_t) {
+    const auto& member = *static_cast<const quire::Member*>(context);
+    quire::Meeting& meeting = *member.meeting;
+    const uint32_t passed = meeting.passed.now();
+    if (meeting.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == (uint32_t)member.size) {
+        meeting.arrived.store(0, std::memory_order_relaxed);
+        meeting.passed.advance();
+        return meeting.passed.is_broken() ? quire::kBroken : 0;
+    }
+    return meeting.passed.await(passed + 1);
+}

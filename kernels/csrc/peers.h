@@ -1,0 +1,65 @@
+// Ranks of one shard that meet: the exchange, the one collective of a step on CPUs, and what waits between processes.
+//
+// Every rank writes bytes into its own region, all meet, everybody reads all regions. Two regions a rank, used in turn,
+// make one meeting enough: who writes into one for the next turn but one has met everybody who read it since.
+#pragma once
+#include <atomic>
+#include <cstdint>
+
+namespace quire {
+
+constexpr int64_t kBroken = 3;  // the result of a call whose group is broken
+
+// A group of ranks as one of them sees it; mirrored by peers.py. `exchange` returns 0 when all ranks are there and the
+// first `bytes` of all regions of the parity can be read, which stays so until the next exchange begins.
+struct Peers {
+    int64_t rank, size;
+    char* const* regions;  // [2][size]
+    int64_t capacity;      // bytes of a region
+    int64_t turn;          // exchanges so far; the parity of the next one is its lowest bit
+    void* context;
+    int64_t (*exchange)(void* context, int64_t parity, int64_t bytes);
+
+    // The regions of the turn to come, or of the one behind it; and those to read of the last one.
+    char* const* turn_regions(int64_t ahead = 0) const { return regions + (turn + ahead) % 2 * size; }
+    char* const* last_regions() const { return turn_regions(1); }
+};
+
+// Runs the exchange of the turn to come.
+inline int64_t exchange(Peers& peers, int64_t bytes) {
+    return peers.exchange(peers.context, peers.turn++ % 2, bytes) ? kBroken : 0;
+}
+
+// A number in shared memory that processes wait on: a count in steps of 2, and in the lowest bit whether it is broken,
+// so that one look tells both. Zeroed memory is a fresh one.
+class alignas(64) SharedCount {
+public:
+    uint32_t now() const { return value_.load(std::memory_order_acquire) >> 1; }
+    bool is_broken() const { return value_.load(std::memory_order_acquire) & 1; }
+
+    void advance() { value_.fetch_add(2), wake(); }
+    void fail() { value_.fetch_or(1), wake(); }
+
+    // Until the count has come to `count` (of 31 bits, in a circle) or is broken: 0, or kBroken.
+    int64_t await(uint32_t count);
+
+private:
+    void wake();
+
+    std::atomic<uint32_t> value_;
+    std::atomic<uint32_t> sleepers_;  // a process that died asleep stays counted, and costs a call at each wake
+};
+
+// Where ranks of one host meet, in shared memory.
+struct Meeting {
+    SharedCount passed;
+    alignas(64) std::atomic<uint32_t> arrived;
+};
+
+// The context of `shared_exchange`; mirrored by peers.py.
+struct Member {
+    Meeting* meeting;
+    int64_t size;
+};
+
+}  // namespace quire

@@ -1,0 +1,288 @@
+"""Ranks of one shard that meet: the exchange of a split step, and the ring from stage to stage (csrc/peers.h).
+
+The exchange is the one collective on CPUs: every rank writes bytes into its own region, all meet, everybody reads all
+regions. Whoever sums them does so in rank order and has the same bits as everybody. Regions and rings of one host lie
+in shared memory; between hosts `CallbackPeers` fills private regions.
+
+A group is broken once and for good (`abort`, by any thread or process that maps it): all who wait in it, and all who
+come, get PeersBroken. A rank that dies says nothing, so somebody must watch and abort. One object has one caller at a
+time; only `abort` and `is_broken` are for everybody.
+
+Shared memory must be zeros when a group or ring is made in it, and serves one group once. An object keeps its memory
+from being closed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+
+from kernels import cpu
+
+LINE, PAGE = 64, 4096  # bytes
+
+_ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
+_BROKEN = 3  # kBroken in csrc/peers.h
+_COUNTS = 2**31  # a SharedCount's numbers go in a circle
+Memory = mmap.mmap | memoryview
+Gather = Callable[[list[torch.Tensor], int], None]
+
+
+class PeersBroken(RuntimeError):
+    """The group of ranks is broken, and with it the epoch."""
+
+
+class PeersStruct(ctypes.Structure):
+    """`quire::Peers` in csrc/peers.h."""
+
+    _fields_ = [
+        *((name, _INT) for name in ("rank", "size")),
+        ("regions", _ADDRESS),
+        *((name, _INT) for name in ("capacity", "turn")),
+        *((name, _ADDRESS) for name in ("context", "exchange")),
+    ]
+
+
+class _Member(ctypes.Structure):
+    """`quire::Member` in csrc/peers.h."""
+
+    _fields_ = [("meeting", _ADDRESS), ("size", _INT)]
+
+
+_EXCHANGE = ctypes.CFUNCTYPE(_INT, _ADDRESS, _INT, _INT)
+_SIGNATURES = {
+    "quire_exchange": (_INT, ctypes.POINTER(PeersStruct), _INT),
+    "quire_shared_exchange": (_INT, _ADDRESS, _INT, _INT),
+    "quire_count_await": (_INT, _ADDRESS, ctypes.c_uint32),
+    "quire_count_advance": (None, _ADDRESS),
+    "quire_count_fail": (None, _ADDRESS),
+    "quire_count_is_broken": (_INT, _ADDRESS),
+}
+
+
+class Peers(ABC):
+    """A group of ranks as one of them sees it.
+
+    Attributes:
+        struct: what native code gets; it counts the turns for both.
+    """
+
+    def __init__(self, regions: torch.Tensor, rank: int, library: ctypes.CDLL) -> None:
+        """Args: regions: uint8 [2, size, capacity]; a rank writes into its own of either parity."""
+        self.size, self.capacity = regions.shape[1:]
+        self.rank = rank
+        self._library = library
+        self._views = [list(parity) for parity in regions]
+        self._addresses = (_ADDRESS * (2 * self.size))(*(each.data_ptr() for parity in self._views for each in parity))
+        self.struct = PeersStruct(rank, self.size, ctypes.addressof(self._addresses), self.capacity, 0)
+
+    def own(self, num_bytes: int) -> torch.Tensor:
+        """uint8 [num_bytes], what this rank gives in its next exchange: to be written before it."""
+        self._check(num_bytes)
+        return self._views[self.struct.turn % 2][self.rank][:num_bytes]
+
+    def exchange(self, num_bytes: int) -> list[torch.Tensor]:
+        """Meet all ranks, each with as many bytes in its own region.
+
+        Returns:
+            uint8 [num_bytes] of each rank, in their order; they hold until the caller's next exchange begins.
+
+        Raises:
+            PeersBroken; ValueError where `num_bytes` is more than a region holds.
+        """
+        self._check(num_bytes)
+        views = self._views[self.struct.turn % 2]
+        if self._library.quire_exchange(self.struct, num_bytes):
+            raise self.broken()
+        return [each[:num_bytes] for each in views]
+
+    def broken(self) -> PeersBroken:
+        """The error of a broken group."""
+        return PeersBroken(f"the exchange of {self.size} ranks is broken: a rank failed or was stopped")
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Break the group, from any thread."""
+
+    @property
+    @abstractmethod
+    def is_broken(self) -> bool: ...
+
+    def _check(self, num_bytes: int) -> None:
+        if not 0 <= num_bytes <= self.capacity:
+            raise ValueError(f"num_bytes: got {num_bytes}, must be from 0 to the region's {self.capacity}")
+
+
+class SharedPeers(Peers):
+    """Ranks of one host, in shared memory: a page for the meeting, then 2 * size regions of whole pages."""
+
+    def __init__(self, memory: Memory, offset: int, rank: int, size: int, capacity: int) -> None:
+        """Join the group that lies at `offset` of the memory; all ranks give the same size and capacity.
+
+        Args:
+            memory: writable, of at least offset + num_bytes(size, capacity) bytes; the place is a multiple of 64.
+            capacity: bytes that a rank can give in one exchange.
+        """
+        _check_rank(rank, size, capacity)
+        stride = _whole(capacity, PAGE)
+        place = _place(memory, offset, self.num_bytes(size, capacity))
+        regions = torch.frombuffer(place, dtype=torch.uint8)[PAGE:].view(2, size, stride)[:, :, :capacity]
+        library = cpu.library(_SIGNATURES)
+        super().__init__(regions, rank, library)
+        self._meeting = ctypes.addressof(place)
+        self._keep = (place, _Member(self._meeting, size))
+        self.struct.context = ctypes.addressof(self._keep[1])
+        self.struct.exchange = ctypes.cast(library.quire_shared_exchange, _ADDRESS)
+
+    @staticmethod
+    def num_bytes(size: int, capacity: int) -> int:
+        """Bytes of a group in shared memory."""
+        return PAGE + 2 * size * _whole(capacity, PAGE)
+
+    def abort(self) -> None:
+        self._library.quire_count_fail(self._meeting)
+
+    @property
+    def is_broken(self) -> bool:
+        return bool(self._library.quire_count_is_broken(self._meeting))
+
+
+class CallbackPeers(Peers):
+    """Ranks of several hosts: private regions, filled by a function."""
+
+    def __init__(self, rank: int, size: int, capacity: int, gather: Gather) -> None:
+        """Args:
+        gather: called with uint8 [bytes] of all ranks and the own rank, whose bytes are there; fills in the others'.
+            It runs on the thread that exchanges or calls a step. An error of its breaks the group.
+        """
+        _check_rank(rank, size, capacity)
+        super().__init__(torch.empty((2, size, capacity), dtype=torch.uint8), rank, cpu.library(_SIGNATURES))
+        self._gather = gather
+        self._error: BaseException | None = None
+        self._is_broken = False
+        self._function = _EXCHANGE(self._exchange)
+        self.struct.exchange = ctypes.cast(self._function, _ADDRESS)
+
+    def broken(self) -> PeersBroken:
+        error = super().broken()
+        error.__cause__ = self._error
+        return error
+
+    def abort(self) -> None:
+        """Fail the next exchange; one that has begun ends when `gather` does."""
+        self._is_broken = True
+
+    @property
+    def is_broken(self) -> bool:
+        return self._is_broken
+
+    def _exchange(self, _: int | None, parity: int, num_bytes: int) -> int:
+        if not self._is_broken:
+            try:
+                self._gather([each[:num_bytes] for each in self._views[parity]], self.rank)
+            except BaseException as error:  # it can't pass through native code; `broken` tells it
+                self._error = error
+                self._is_broken = True
+        return _BROKEN if self._is_broken else 0
+
+
+class Ring:
+    """Messages from one producer to one consumer through slots in shared memory, in order.
+
+    Two lines of counts, then for each slot a line (tag, bytes) and the message.
+    """
+
+    def __init__(self, memory: Memory, offset: int, slots: int, capacity: int) -> None:
+        """Join the ring that lies at `offset` of the memory, as either side; both give the same sizes.
+
+        Args:
+            memory: as for SharedPeers.
+            slots: messages that can be under way.
+            capacity: bytes of a message, at most.
+        """
+        if slots < 1 or capacity < 1:
+            raise ValueError(f"slots, capacity: got {slots} and {capacity}, both must be at least 1")
+        self.slots, self.capacity = slots, capacity
+        self._library = cpu.library(_SIGNATURES)
+        self._place = _place(memory, offset, self.num_bytes(slots, capacity))
+        self._published, self._released = (ctypes.addressof(self._place) + at for at in (0, LINE))
+        places = torch.frombuffer(self._place, dtype=torch.uint8)[2 * LINE :].view(slots, -1)
+        self._heads = [each[:16].view(torch.int64) for each in places]
+        self._messages = [each[LINE : LINE + capacity] for each in places]
+        self._sent = 0  # by this producer
+        self._done = 0  # by this consumer
+
+    @staticmethod
+    def num_bytes(slots: int, capacity: int) -> int:
+        """Bytes of a ring in shared memory."""
+        return 2 * LINE + slots * (LINE + _whole(capacity, LINE))
+
+    def slot(self) -> torch.Tensor:
+        """uint8 [capacity], the next message to fill, until `publish`; waits while all slots are under way."""
+        self._await(self._released, self._sent + 1 - self.slots)
+        return self._messages[self._sent % self.slots]
+
+    def publish(self, tag: int, num_bytes: int) -> None:
+        """Send what `slot` gave.
+
+        Args:
+            tag: any int64, for the consumer.
+            num_bytes: of the message.
+        """
+        if not 0 <= num_bytes <= self.capacity:
+            raise ValueError(f"num_bytes: got {num_bytes}, must be from 0 to the slot's {self.capacity}")
+        head = self._heads[self._sent % self.slots]
+        head[0], head[1] = tag, num_bytes
+        self._sent += 1
+        self._library.quire_count_advance(self._published)
+
+    def receive(self) -> tuple[int, torch.Tensor]:
+        """The oldest message that is not released: its tag, and its bytes (uint8) where they lie; waits for one."""
+        self._await(self._published, self._done + 1)
+        index = self._done % self.slots
+        tag, num_bytes = self._heads[index].tolist()
+        return tag, self._messages[index][:num_bytes]
+
+    def release(self) -> None:
+        """Give back the slot of the message that `receive` gave, which may not be read any more."""
+        self._done += 1
+        self._library.quire_count_advance(self._released)
+
+    def abort(self) -> None:
+        """Break the ring for both sides, from any thread."""
+        for count in (self._published, self._released):
+            self._library.quire_count_fail(count)
+
+    @property
+    def is_broken(self) -> bool:
+        return bool(self._library.quire_count_is_broken(self._published))
+
+    def _await(self, count: int, least: int) -> None:
+        if self._library.quire_count_await(count, least % _COUNTS):
+            raise PeersBroken("the ring between two stages is broken: a rank failed or was stopped")
+
+
+def _whole(num_bytes: int, unit: int) -> int:
+    return -(-num_bytes // unit) * unit
+
+
+def _check_rank(rank: int, size: int, capacity: int) -> None:
+    if not 0 <= rank < size:
+        raise ValueError(f"rank: got {rank} of {size}, must be from 0 to {size - 1}")
+    if capacity < 1:
+        raise ValueError(f"capacity: got {capacity}, must be at least 1")
+
+
+def _place(memory: Memory, offset: int, num_bytes: int) -> ctypes.Array[ctypes.c_char]:
+    """A part of some memory, which stays open as long as this lives."""
+    size = memoryview(memory).nbytes
+    if not 0 <= offset <= size - num_bytes:
+        raise ValueError(f"offset: got {offset}, {num_bytes} bytes from there must lie in the memory's {size}")
+    place = (ctypes.c_char * num_bytes).from_buffer(memory, offset)
+    if ctypes.addressof(place) % LINE:
+        raise ValueError(f"offset: got {offset}, the place must be a multiple of {LINE} bytes")
+    return place
