@@ -9,10 +9,12 @@ shard is gone, time is up. So a claim can be wrong for a while but never for goo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from array import array
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+from cluster.digest_set import DigestSet
 from quire_pb.worker.v1 import worker_pb2 as pb
 
 K = TypeVar("K")
@@ -26,7 +28,7 @@ class Claim:
         ticket: (front, its number for the placement).
         key: of prompt and salt: the same request placed again ends the claim at the shard that refused it.
         pages: blocks that it will take beside those that lie there.
-        digests: that the shard will seal for it, in order.
+        digests: that the shard will seal for it, in order; uint64.
         arrived: the shard tells of its sequences: its own counts hold them from now on.
     """
 
@@ -36,7 +38,7 @@ class Claim:
     prompt_tokens: int
     samples: int
     pages: int
-    digests: Sequence[int]
+    digests: array[int]
     made: float
     arrived: bool = False
 
@@ -88,9 +90,10 @@ class Claims:
             self.end(claim)
 
     def end_shard(self, shard_id: int) -> None:
-        for claim in [claim for claim in self._by_ticket.values() if claim.shard_id == shard_id]:
-            self.end(claim)
-        self._by_shard.pop(shard_id, None)
+        at = self._by_shard.pop(shard_id, None)
+        if at is not None:
+            for claim in at:
+                del self._by_ticket[claim.ticket]
 
     def expire(self, before: float) -> None:
         """End those made before that time."""
@@ -120,21 +123,26 @@ class ShardClaims:
 
     Attributes:
         samples, pages: of those that have not arrived.
-        digests: how many claims will bring each digest.
+        digests: that some claim will bring.
     """
 
     def __init__(self) -> None:
         self.samples = self.pages = 0
-        self.digests: dict[int, int] = {}
+        self.digests = DigestSet()
+        self._more: dict[int, int] = {}  # digest -> claims that will bring it, but for the first
         self.by_key: dict[bytes, dict[Claim, None]] = {}
         self.by_last: dict[int, dict[Claim, None]] = {}
         self._waiting: dict[int, dict[Claim, None]] = {}  # those that have not arrived, by prompt length
+
+    def __iter__(self) -> Iterator[Claim]:
+        return (claim for group in self.by_key.values() for claim in group)
 
     def add(self, claim: Claim) -> None:
         self.samples += claim.samples
         self.pages += claim.pages
         for digest in claim.digests:
-            self.digests[digest] = self.digests.get(digest, 0) + 1
+            if not self.digests.add(digest):
+                self._more[digest] = self._more.get(digest, 0) + 1
         _put(self.by_key, claim.key, claim)
         _put(self._waiting, claim.prompt_tokens, claim)
         if claim.digests:
@@ -144,9 +152,11 @@ class ShardClaims:
         if not claim.arrived:
             self._arrived(claim)
         for digest in claim.digests:
-            self.digests[digest] -= 1
-            if not self.digests[digest]:
-                del self.digests[digest]
+            more = self._more.pop(digest, 0)
+            if more > 1:
+                self._more[digest] = more - 1
+            elif not more:
+                self.digests.discard(digest)
         _take(self.by_key, claim.key, claim)
         if claim.digests:
             _take(self.by_last, claim.digests[-1], claim)

@@ -8,7 +8,7 @@ shards, as it should.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
 
@@ -55,40 +55,60 @@ class Prompt:
         self.tokens.frombytes(tokens)
         self.key = sha256(salt.encode() + b"\0" + tokens).digest()
         self._salt, self._max_pages = salt, max_pages
-        self._chains: dict[tuple[bytes, int], tuple[list[bytes], list[int]]] = {}
+        self._chains: dict[tuple[bytes, int], tuple[bytes, array[int]]] = {}  # last link, what is short of all of them
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def matched_pages(self, info: pb.ShardInfo, sealed: Collection[int], claimed: Collection[int]) -> int:
-        """How many of its first pages lie on a shard, or will."""
-        last = self._num_pages(info, len(self.tokens) - 1)  # the last token is computed in any case
-        for index in range(last):
-            digest = self._short(info, index)
-            if digest not in sealed and digest not in claimed:
-                return index
-        return last
+        """How many of its first pages lie on a shard, or will.
 
-    def unsealed(self, info: pb.ShardInfo, sealed: Collection[int]) -> list[int]:
-        """Digests of its full pages that a shard does not hold yet."""
-        found = (self._short(info, index) for index in range(self._num_pages(info, len(self.tokens))))
-        return [digest for digest in found if digest not in sealed]
+        Whoever claims a page brings all before it, too: where such a one was evicted since, it counts as on its way.
+        """
+        last = self._num_pages(info, len(self.tokens) - 1)  # the last token is computed in any case
+        return self._first_absent(info, last, lambda digest: digest in sealed or digest in claimed)
+
+    def unsealed(self, info: pb.ShardInfo, sealed: Collection[int]) -> array[int]:
+        """Digests of its full pages that a shard does not hold yet, in order; uint64."""
+        num_pages = self._num_pages(info, len(self.tokens))
+        first = self._first_absent(info, num_pages, sealed.__contains__)
+        return self._short(info, num_pages)[first:num_pages]
+
+    def _first_absent(self, info: pb.ShardInfo, last: int, is_there: Callable[[int], bool]) -> int:
+        """The first of its pages that is not there, or `last`. A page is never there without those before it (a prefix
+        tree loses leaves only), so steps that double and then halve find it by a few look-ups and hash about twice the
+        pages that are there."""
+
+        def holds(index: int) -> bool:
+            return is_there(self._short(info, index + 1)[index])
+
+        low = probe = 0  # there: [0, low)
+        while probe < last and holds(probe):
+            low, probe = probe + 1, 2 * probe + 2
+        high = min(probe, last)  # not there, or the end
+        while low < high:
+            middle = (low + high) // 2
+            if holds(middle):
+                low = middle + 1
+            else:
+                high = middle
+        return low
 
     def _num_pages(self, info: pb.ShardInfo, num_tokens: int) -> int:
         return min(num_tokens // info.block_size, self._max_pages)
 
-    def _short(self, info: pb.ShardInfo, index: int) -> int:
-        """The first 8 bytes of page `index`'s digest; shards of one model share the chain."""
+    def _short(self, info: pb.ShardInfo, num_pages: int) -> array[int]:
+        """The first 8 bytes of each page's digest, uint64, for that many pages or more; shards of one model share the
+        chain."""
         size = info.block_size
         chain = self._chains.get((info.identity, size))
-        if chain is None:
-            chain = self._chains[info.identity, size] = [root_digest(info.identity, self._salt)], []
-        whole, short = chain
-        while len(short) <= index:
-            at = len(short) * size
-            whole.append(link_digest(whole[-1], self.tokens[at : at + size]))
-            short.append(int.from_bytes(whole[-1][:8], "little"))
-        return short[index]
+        link, short = (root_digest(info.identity, self._salt), array("Q")) if chain is None else chain
+        if len(short) < num_pages:
+            for at in range(len(short) * size, num_pages * size, size):
+                link = link_digest(link, self.tokens[at : at + size])
+                short.append(int.from_bytes(link[:8], "little"))
+            self._chains[info.identity, size] = link, short
+        return short
 
 
 @dataclass(frozen=True, slots=True)

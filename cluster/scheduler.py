@@ -12,7 +12,7 @@ What belongs to an older epoch, or to a connection that was given up, changes no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 
 from cluster.answers import answer_query
@@ -109,8 +109,9 @@ class GlobalScheduler:
         self._placement = Placement(self.config.policy, self.view, self.claims)
         self.num_deaths = 0
         self._shards: dict[int, _Shard] = {}
-        self._told: list[tuple[int, int, int, str]] = []
-        self._links = 0
+        self._told: dict[int, tuple[int, pb.Condition, str]] = {}
+        self._links: dict[int, _Shard] = {}  # those that were not given up
+        self._num_links = 0
         self._ticked: float | None = None
 
     def on(self, event: Event, now: float) -> list[Action]:
@@ -119,12 +120,12 @@ class GlobalScheduler:
         Args:
             now: seconds of a clock that never goes back.
         """
+        touched = self._touched(event)
         actions = list(self._take(event, now))
-        if not isinstance(event, (PlaceAsked, QueryAsked)):  # these change no shard
-            conditions = self._conditions()
-            if conditions != self._told:
-                self._told = conditions
-                actions.append(BroadcastShards(self.shards()))
+        conditions = {shard.info.shard_id: self._told_of(shard) for shard in touched}
+        if any(self._told.get(shard_id) != condition for shard_id, condition in conditions.items()):
+            self._told.update(conditions)
+            actions.append(BroadcastShards(self.shards()))
         return actions
 
     def shards(self) -> pb.Shards:
@@ -165,12 +166,19 @@ class GlobalScheduler:
             case QueryAsked():
                 yield SendAnswer(event.peer, answer_query(event.query, self.shards().shards, self.view))
 
-    def _conditions(self) -> list[tuple[int, int, int, str]]:
-        """What fronts hear of the shards."""
-        return [
-            (shard_id, shard.info.epoch, self._condition(shard), shard.info.address)
-            for shard_id, shard in self._shards.items()
-        ]
+    def _touched(self, event: Event) -> Collection[_Shard]:
+        """The shards whose condition it may change; also those that only come to be by it."""
+        match event:
+            case PlaceAsked() | QueryAsked():
+                return ()
+            case ShardReported() | ShardPonged():  # most events by far: their cost must not grow with the shards
+                shard = self._at(event.link)
+                return () if shard is None else (shard,)
+        return self._shards.values()
+
+    def _told_of(self, shard: _Shard) -> tuple[int, pb.Condition, str]:
+        """What fronts hear of a shard."""
+        return shard.info.epoch, self._condition(shard), shard.info.address
 
     def _condition(self, shard: _Shard) -> pb.Condition:
         if shard.dead:
@@ -210,8 +218,9 @@ class GlobalScheduler:
 
     def _dial(self, shard: _Shard) -> Iterator[Action]:
         if _serves(shard.wanted) and shard.info.address:
-            self._links += 1
-            shard.link, shard.joined = self._links, False
+            self._num_links += 1
+            shard.link, shard.joined = self._num_links, False
+            self._links[shard.link] = shard
             yield DialShard(shard.link, shard.info.shard_id, shard.info.address)
 
     def _welcome(self, event: ShardWelcomed, now: float) -> Iterator[Action]:
@@ -251,6 +260,7 @@ class GlobalScheduler:
         if shard is None:
             return
         joined, shard.link = shard.joined, NO_LINK
+        del self._links[event.link]
         if joined:
             yield from self._fence(shard, f"the connection to it ended ({event.why})")
 
@@ -304,11 +314,12 @@ class GlobalScheduler:
         shard.joined = False
         if shard.link != NO_LINK:
             yield HangUp(shard.link)
+            del self._links[shard.link]
             shard.link = NO_LINK
 
     def _at(self, link: int) -> _Shard | None:
         """The shard at the other end, unless that connection was given up."""
-        return next((shard for shard in self._shards.values() if shard.link == link != NO_LINK), None)
+        return self._links.get(link)
 
     # Placement
 

@@ -1,15 +1,17 @@
 """What the global scheduler knows of each shard: sequences, tables as (device_id, block_id), sealed prefixes, load.
 
 A view is made of Events alone, in their order. It equals the shard's own tables as of the last message that it took.
-Tables are arrays of packed 64-bit entries: 328 million pages of 10,000 sequences are 2.6 GB; an object per page would
-be twenty times that.
+Tables are arrays of packed 64-bit entries and digests lie in a DigestSet: together 18 bytes a page, so that 75 million
+pages of 10,000 sequences are 1.3 GB (benchmarks/scale.py); an object per page would be twenty times that.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
+from cluster.digest_set import DigestSet
 from pagetable.errors import QuireError
 from pagetable.ids import BLOCK_BITS, MAX_BLOCKS, MAX_DEVICES
 from quire_pb.worker.v1 import worker_pb2 as pb
@@ -59,8 +61,13 @@ class ShardView:
         self.epoch = epoch
         self.number = 0
         self.sequences: dict[int, SequenceView] = {}
-        self.sealed: set[int] = set()
+        self.sealed = DigestSet()
         self.load = pb.Load()
+        self._by_request: dict[str, dict[int, SequenceView]] = {}
+
+    def of_request(self, request_id: str) -> Mapping[int, SequenceView]:
+        """Its sequences here, by the shard's own sequence id."""
+        return self._by_request.get(request_id, {})
 
     def apply(self, events: pb.Events) -> None:
         """Take the next message of a connection; the first is whole.
@@ -70,16 +77,28 @@ class ShardView:
         if events.number != self.number + 1 or events.whole != (events.number == 1):
             raise BrokenStream(f"Events {events.number} (whole: {events.whole}) behind Events {self.number}")
         self.number = events.number
-        sequences = self.sequences
         for gone in events.released:
-            sequences.pop(gone, None)
+            self._leave(gone)
         for started in events.started:
-            sequences[started.sequence] = SequenceView(started)
+            self._start(started)
         self._enter(events)
         for gone in events.ended:
-            sequences.pop(gone, None)
+            self._leave(gone)
         self._seal(events)
         self.load.CopyFrom(events.load)  # a reference would keep the whole message
+
+    def _start(self, started: pb.Started) -> None:
+        self._leave(started.sequence)
+        sequence = self.sequences[started.sequence] = SequenceView(started)
+        self._by_request.setdefault(sequence.request_id, {})[started.sequence] = sequence
+
+    def _leave(self, number: int) -> None:
+        sequence = self.sequences.pop(number, None)
+        if sequence is not None:
+            siblings = self._by_request[sequence.request_id]
+            del siblings[number]
+            if not siblings:
+                del self._by_request[sequence.request_id]
 
     def _enter(self, events: pb.Events) -> None:
         """Write the message's table entries."""
@@ -91,11 +110,11 @@ class ShardView:
             return
         if max(devices) >= MAX_DEVICES or max(blocks) >= MAX_BLOCKS:
             raise BrokenStream(f"an entry of device {max(devices)} or block {max(blocks)}: no such place can be")
-        sequences = self.sequences
+        sequences, released = self.sequences, set(events.released)
         for owner, index, device, block in zip(owners, indices, devices, blocks, strict=True):
             sequence = sequences.get(owner)
             if sequence is None:
-                if owner in events.released:  # it gave up its pages behind the plan that this message tells of
+                if owner in released:  # it gave up its pages behind the plan that this message tells of
                     continue
                 raise BrokenStream(f"an entry of sequence {owner}, which has not started")
             entries = sequence.entries
@@ -108,17 +127,18 @@ class ShardView:
 
     def _seal(self, events: pb.Events) -> None:
         """A digest that comes and goes within one message ends as it would have, one change after the other."""
-        sealed, forgotten = events.sealed, events.forgotten
-        both = set(sealed).intersection(forgotten)
-        for digest in both:
-            held = (digest in self.sealed) + list(sealed).count(digest) > list(forgotten).count(digest)
-            (self.sealed.add if held else self.sealed.discard)(digest)
+        sealed, forgotten = list(events.sealed), list(events.forgotten)
+        both = set(sealed).intersection(forgotten) if sealed and forgotten else ()
         if both:
-            self.sealed.update(digest for digest in sealed if digest not in both)
-            self.sealed.difference_update(digest for digest in forgotten if digest not in both)
-        else:
-            self.sealed.update(sealed)
-            self.sealed.difference_update(forgotten)
+            came = Counter(digest for digest in sealed if digest in both)
+            went = Counter(digest for digest in forgotten if digest in both)
+            for digest in both:
+                held = (digest in self.sealed) + came[digest] > went[digest]
+                (self.sealed.add if held else self.sealed.discard)(digest)
+            sealed = [digest for digest in sealed if digest not in both]
+            forgotten = [digest for digest in forgotten if digest not in both]
+        self.sealed.update(sealed)
+        self.sealed.difference_update(forgotten)
 
 
 class ClusterView:
@@ -151,6 +171,6 @@ class ClusterView:
         return [
             (shard_id, sequence)
             for shard_id, shard in sorted(self.shards.items())
-            for _, sequence in sorted(shard.sequences.items())
-            if (not owner or sequence.owner == owner) and (not request_id or sequence.request_id == request_id)
+            for _, sequence in sorted((shard.of_request(request_id) if request_id else shard.sequences).items())
+            if not owner or sequence.owner == owner
         ]

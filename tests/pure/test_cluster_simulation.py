@@ -389,7 +389,7 @@ def check_claims(claims: Claims, now: float) -> None:
         waiting = [claim for claim in here if not claim.arrived]
         assert at.samples == sum(claim.samples for claim in waiting)
         assert at.pages == sum(claim.pages for claim in waiting)
-        assert at.digests.keys() == {digest for claim in here for digest in claim.digests}
+        assert at.digests == {digest for claim in here for digest in claim.digests}
 
 
 def seen(core: GlobalScheduler) -> dict[int, tuple[int, dict[int, tuple[str, list[int]]], set[int]]]:

@@ -21,7 +21,7 @@ Row = tuple[str, str, int, int, list[tuple[int, int]]]
 class Shard:
     """A simulated shard that reports as a ShardServer does: after each plan and after each change from outside."""
 
-    def __init__(self, seed: int, depth: int | None = None, **knobs: int | float | bool) -> None:
+    def __init__(self, seed: int, depth: int | None = None, **knobs: int) -> None:
         self.simulation = simulation = Simulation(seed, depth, **knobs)
         self.journal = Journal(simulation.scheduler, EPOCH)
         self.view = ClusterView()
@@ -87,7 +87,7 @@ class Shard:
         view, pool = self.view.shards[0], self.simulation.pool
         assert tables(view) == self.own_tables(), f"after step {self.simulation.steps}"
         assert view.sealed == {short_digest(pool.tree.digest(page)) for page in pool.tree}
-        assert (view.load.free_blocks, view.load.cached_blocks) == (pool.columns[0].num_free, len(pool.order))
+        assert (view.load.free_blocks, view.load.cached_blocks) == (pool.num_free, len(pool.order))
 
 
 def tables(view: ShardView) -> dict[int, Row]:
