@@ -20,6 +20,7 @@ from launch.commands import chat, generate
 from launch.config import SETTINGS
 from launch.flags import Effective, Parser, UsageError, add_engine_flags, add_sampling_flags, effective, flag_of
 from launch.machine import sleep_while_waiting
+from launch.plan import add_plan_flags, plan
 from launch.remote import add_server_flags
 from launch.serve_flags import DEFAULT_PORT, add_serve_flags
 from pagetable.errors import ConfigError, NotSupported, QuireError
@@ -74,6 +75,8 @@ def _run(argv: Sequence[str]) -> int:
     if found.command in _REMOTE or getattr(found, "server", None) is not None:
         _refuse_engine_flags(found)
         return int(found.run(found, None))
+    if found.command == "plan":
+        return int(found.run(found))
     engine = effective(found, os.environ)
     if found.print_config:
         print("\n".join([*engine.to_yaml(), *_limits()]))
@@ -143,6 +146,15 @@ def build_parser() -> Parser:
     )
     _add_bench_flags(command)
     command.set_defaults(run=_bench, parser=command)
+
+    command = commands.add_parser(
+        "plan",
+        usage="quire plan MODEL --devices N --context L --batch B [FLAG ...]\n"
+        "       quire plan --measure [--output FILE]",
+        help="predict which layout of a model on some devices is quickest",
+    )
+    add_plan_flags(command)
+    command.set_defaults(run=plan, parser=command)
 
     for name, text in _REMOTE.items():
         command = commands.add_parser(name, usage=f"quire {name} [FLAG ...]", help=text, description=text)

@@ -1,0 +1,350 @@
+"""`quire plan --measure`: the constants of this machine's cores, from the kernels and the step that serve."""
+
+from __future__ import annotations
+
+import mmap
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from kernels import cpu, ops
+from kernels.cpu import Native
+from kernels.decoder import DecoderShape, LayerRows, NativeDecoder, Rows, huge_memory
+from kernels.ops import Mask, PageList
+from kernels.peers import SharedPeers
+from launch.llm import LLM
+from launch.machine import available_cores, available_memory
+from launch.models.catalog import resolve
+from pagetable.errors import NotSupported
+from pagetable.hardware import Hardware
+from pagetable.sampling import SamplingParams
+from worker.loop import Inline
+from worker.runner import Runner
+
+_READ_BYTES = 1 << 28  # of a buffer; more than caches hold
+_ROWS = (1, 2, 4, 8, 14, 16, 32, 64, 256)  # of products; the kernel's tiles have 14 rows, so 15 cost as much as 28
+_BLOCK = 16
+_SAMPLES, _REPEATS = 7, 4
+_RESERVE = 2.5e8  # a rank's process with torch: PSS of 210 MB, measured, and stacks
+# assumed where only one host can be seen: gloo between two network namespaces of one machine, 0.24 ms and 1 GB/s
+_NETWORK_S, _NETWORK_RATE = 2.4e-4, 1.0e9
+_PLAN_S = 1.4e-5  # of Unix sockets: 52 us for four ranks
+
+SOURCES = {
+    "reserve_bytes": "a process with torch",
+    "plan_s": "not measured: a Unix socket",
+    "float32_share": "not measured: registers hold half as many",
+    "network_exchange_s": "not measured: gloo between two namespaces of one machine",
+    "network_bytes_per_s": "not measured: the same",
+}
+
+
+def measure(cores: int | None = None, say: Callable[[str], None] = lambda text: None) -> Hardware:
+    """The constants of one core, where `cores` of them make a host. Takes ten seconds of an idle machine.
+
+    Args:
+        cores: default: those that this process may use.
+        say: called with a line before each part.
+
+    Errors: NotSupported where there are no native kernels, whose constants these are.
+    """
+    backend = ops.default_backend()
+    if not isinstance(backend, Native):
+        missing = cpu.why_missing()
+        why = f"{missing} {cpu.CURE}" if missing else "the native kernels are switched off; unset QUIRE_KERNELS"
+        raise NotSupported(f"quire plan --measure: {why}")
+    cores = available_cores() if cores is None else cores
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measure(backend, cores, say)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(backend: Native, cores: int, say: Callable[[str], None]) -> Hardware:
+    say("reading memory")
+    together = _read_rate(cores)
+    read = max(_read_alone(), together / cores)
+    say("products")
+    products, barrier = _products(backend), _barrier(backend, cores)
+    elements = _elements(backend, products[-1][1])
+    say("attention")
+    slow_read, decode, prefill = _attention(1, 1, 128), _attention(7, 1, 64), _attention(7, 1, 64, 256)
+    say("exchange")
+    latency, rate = _exchange(backend, cores)
+    say("planning")
+    step, row = _planning()
+    return Hardware(
+        kind="cpu",
+        devices_per_host=cores,
+        memory_bytes=float((available_memory() or 8 << 30) // cores),
+        reserve_bytes=_RESERVE,
+        read_bytes_per_s=read,
+        host_read_bytes_per_s=max(together, read),
+        product_flops=products,
+        float32_share=0.5,
+        elements_per_s=elements,
+        attention_read_share=min(1.0, slow_read.bytes_per_s / read),
+        attention_decode_flops=decode.flops,
+        attention_prefill_flops=prefill.flops,
+        layer_s=0.0,
+        barrier_s=barrier,
+        step_s=step,
+        row_s=row,
+        plan_s=_PLAN_S,
+        collective="exchange",
+        exchange_s=latency,
+        exchange_bytes_per_s=rate,
+        network_exchange_s=_NETWORK_S,
+        network_bytes_per_s=_NETWORK_RATE,
+        activation_bytes=4,
+    )
+
+
+def _cpu_seconds(call: Callable[[], object], samples: int | None = None) -> float:
+    """CPU time of what this thread does alone, which neighbours on its core do not lengthen: the median of some calls,
+    after one that does not count."""
+    return statistics.median(_times(call, samples, time.thread_time))
+
+
+def _wall_seconds(call: Callable[[], object], samples: int | None = None) -> float:
+    """Time of what several threads do together: the least, when others left the machine alone."""
+    return min(_times(call, samples, time.perf_counter))
+
+
+def _times(call: Callable[[], object], samples: int | None, clock: Callable[[], float]) -> list[float]:
+    call()
+    found = []
+    for _ in range(_SAMPLES if samples is None else samples):
+        start = clock()
+        call()
+        found.append(clock() - start)
+    return found
+
+
+def _together(calls: Sequence[Callable[[], object]]) -> None:
+    """All at once, on threads of their own; the kernels run without the interpreter's lock."""
+    faults: list[BaseException] = []
+
+    def guarded(call: Callable[[], object]) -> None:
+        try:
+            call()
+        except BaseException as error:  # handed to the caller's thread
+            faults.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(call,)) for call in calls]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    if faults:
+        raise faults[0]
+
+
+def _repeated(call: Callable[[], object]) -> Callable[[], None]:
+    """Several calls: longer by far than threads take to start."""
+
+    def several() -> None:
+        for _ in range(_REPEATS):
+            call()
+
+    return several
+
+
+def _read_alone() -> float:
+    """Bytes/s of plain reading by one thread."""
+    buffer = torch.ones(_READ_BYTES // 4)
+    return _READ_BYTES / _cpu_seconds(partial(cpu.read, buffer))
+
+
+def _read_rate(readers: int) -> float:
+    """Bytes/s of plain reading by so many threads at once."""
+    buffers = [torch.ones(_READ_BYTES // 4) for _ in range(readers)]
+
+    seconds = _wall_seconds(lambda: _together([_repeated(partial(cpu.read, buffer)) for buffer in buffers]))
+    return _REPEATS * readers * _READ_BYTES / seconds
+
+
+class _Toy:
+    """A decoder of constant weights, and rows that stand at position 0 of pages of their own."""
+
+    def __init__(
+        self, backend: Native, shape: DecoderShape, layers: int, threads: int, max_rows: int, head: int = 0
+    ) -> None:
+        self.shape, self.layers = shape, layers
+        dim, hidden, q = shape.head_dim, shape.hidden, shape.q_heads * shape.head_dim
+        norm = torch.ones(hidden)
+        frequencies = torch.ones(dim // 2, dtype=torch.float64)
+        kind = torch.bfloat16
+        embedding = _numbers(shape.vocab, hidden)
+        self.decoder = NativeDecoder(shape, kind, embedding, norm, frequencies, backend, threads)
+        qkv, o = _rows(q + 2 * shape.kv_heads * dim, hidden), _rows(hidden, q)
+        gate, down = _numbers(shape.intermediate, hidden), _rows(hidden, shape.intermediate)
+        for _ in range(layers):
+            gate_up = Rows.paired(gate, gate, None, None)
+            self.decoder.add_layer(LayerRows(norm, norm, None, None, qkv, o, gate_up, down, 0))
+        if head:
+            self.decoder.set_head(_rows(head, hidden))
+        size = layers * max_rows * 2 * shape.kv_heads * _BLOCK * dim
+        self.pool = torch.frombuffer(huge_memory(2 * size), dtype=kind).view(
+            layers, max_rows, 2, shape.kv_heads, _BLOCK, dim
+        )
+
+    def forward(self, rows: int, peers: SharedPeers | None = None) -> None:
+        starts = torch.arange(rows + 1, dtype=torch.int32)
+        pages = PageList(starts, torch.arange(rows, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32))
+        mask = Mask(torch.zeros(rows, dtype=torch.int32))
+        tokens, slots = torch.zeros(rows, dtype=torch.int64), torch.arange(rows) * _BLOCK
+        self.decoder.forward(tokens, tokens, slots, starts, self.pool, {0: pages}, {0: mask}, tensor=peers)
+
+    def head(self, rows: int) -> None:
+        hidden = torch.ones(rows, self.shape.hidden)
+        self.decoder.head(hidden, np.arange(rows, dtype=np.int64), logits=False)
+
+
+def _numbers(rows: int, columns: int) -> torch.Tensor:
+    return torch.full((rows, columns), 0.01, dtype=torch.bfloat16)
+
+
+def _rows(rows: int, columns: int) -> Rows:
+    return Rows.beside((_numbers(rows, columns),), (None,))
+
+
+def _products(backend: Native) -> tuple[tuple[int, float], ...]:
+    """(rows, flop/s) of a product whose weights no cache holds."""
+    depth, columns = 1024, 1 << 16
+    shape = DecoderShape(depth, 1, 1, 64, 32, 32, 1e-6, 1.0, (0,))
+    toy = _Toy(backend, shape, 1, 1, 1, head=columns)
+
+    def rate(rows: int) -> float:
+        return 2 * rows * depth * columns / _cpu_seconds(lambda: toy.head(rows))
+
+    return tuple((rows, rate(rows)) for rows in _ROWS)
+
+
+def _thin() -> DecoderShape:
+    """Layers with next to no products: what is left are norms, barriers and exchanges."""
+    return DecoderShape(2048, 1, 1, 16, 16, 32, 1e-6, 1.0, (0,))
+
+
+def _elements(backend: Native, flops: float) -> float:
+    """Elements/s: what a layer's step takes beside its products, at as many rows as `flops` holds for."""
+    rows, layers = _ROWS[-1], 4
+    shape = DecoderShape(1024, 16, 2, 64, 2816, 32, 1e-6, 1.0, (0,))
+    toy = _Toy(backend, shape, layers, 1, rows)
+    qkv, q = (16 + 2 * 2) * 64, 16 * 64
+    weights = 1024 * (qkv + q + 3 * 2816)
+    whole = _cpu_seconds(lambda: toy.forward(rows)) / layers
+    left = max(whole - 2 * rows * weights / flops, 0.01 * whole)
+    return rows * (4 * 1024 + qkv + q + 2816) / left
+
+
+def _barrier(backend: Native, cores: int) -> float:
+    """Seconds that a thread beside the first adds to each barrier of a layer with one row."""
+    if cores == 1:
+        return 0.0
+    layers = 64
+    one, two = (_Toy(backend, _thin(), layers, threads, 1) for threads in (1, 2))
+    alone = _wall_seconds(lambda: one.forward(1), 20)
+    # with one row and products this thin each thread does nearly all of it for itself; what is more is waiting
+    return max(0.0, _wall_seconds(lambda: two.forward(1), 20) - alone) / (layers * 9)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rate:
+    bytes_per_s: float
+    flops: float
+
+
+def _attention(heads: int, kv_heads: int, dim: int, queries: int = 1) -> _Rate:
+    """Of one core: eight rows that decode, or a chunk of `queries` at the end of 8,192 keys."""
+    rows, context = (8, (1 << 28) // (8 * 4 * kv_heads * dim)) if queries == 1 else (1, 8192)
+    context = context // _BLOCK * _BLOCK
+    blocks = rows * context // _BLOCK
+    shape = (1, blocks, 2, kv_heads, _BLOCK, dim)
+    pool = torch.frombuffer(huge_memory(blocks * 4 * kv_heads * _BLOCK * dim), dtype=torch.bfloat16).view(shape)
+    pool.fill_(0.01)
+    each = torch.arange(context // _BLOCK, dtype=torch.int32) * _BLOCK
+    starts = torch.arange(rows + 1, dtype=torch.int32)
+    pages = PageList(starts * len(each), torch.arange(blocks, dtype=torch.int32), each.repeat(rows))
+    mask = Mask(torch.full((rows,), context - queries, dtype=torch.int32))
+    q = torch.full((rows * queries, heads, dim), 0.01, dtype=torch.bfloat16)
+    seconds = _cpu_seconds(lambda: ops.attend(q, starts * queries, (pool,), 0, pages, mask))
+    pairs = rows * queries * (context - (queries - 1) / 2)
+    num_bytes = rows * context * 4 * kv_heads * dim
+    return _Rate(num_bytes / seconds, 4 * pairs * heads * dim / seconds)
+
+
+def _exchange(backend: Native, cores: int) -> tuple[float, float]:
+    """(seconds of an exchange, its bytes/s): how much longer a step takes with a peer."""
+    layers, many = 16, 256
+    shape = _thin()
+    toys = [_Toy(backend, shape, layers, 1, many) for _ in range(2)]
+    capacity = shape.tensor_bytes(many)
+    memory = mmap.mmap(-1, SharedPeers.num_bytes(2, capacity))
+    peers = [SharedPeers(memory, 0, rank, 2, capacity) for rank in range(2)]
+    turns = 1 if cores > 1 else 2  # on one core the two ranks take turns
+
+    def extra(rows: int, samples: int | None) -> float:
+        alone = _wall_seconds(partial(toys[0].forward, rows), samples)
+        pairs = zip(toys, peers, strict=True)
+        calls = [_repeated(partial(toy.forward, rows, peer)) for toy, peer in pairs]
+        both = _wall_seconds(partial(_together, calls), samples) / _REPEATS
+        return max(1e-7, (both - turns * alone) / (2 * layers))
+
+    latency = extra(1, 20)
+    moving = max(1e-7, extra(many, None) - latency)
+    return latency, 2 * many * shape.hidden * 4 / moving
+
+
+class _Timed:
+    """A model whose forward passes and heads are timed."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.seconds, self.steps = model, 0.0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def forward(self, *args: Any, **more: Any) -> Any:
+        self.steps += 1
+        return self._time(self.model.forward, *args, **more)
+
+    def head(self, *args: Any, **more: Any) -> Any:
+        return self._time(self.model.head, *args, **more)
+
+    def _time(self, call: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        start = time.thread_time()
+        try:
+            return call(*args, **more)
+        finally:
+            self.seconds += time.thread_time() - start
+
+
+def _planning() -> tuple[float, float]:
+    """(seconds of a step, seconds of a row) outside the model, from batches of a bundled one."""
+    llm = LLM(resolve("story"), threads=1, num_gpu_blocks_override=1024, max_num_seqs=64)
+    assert isinstance(llm.loop.pipe, Inline) and isinstance(llm.loop.pipe.runner, Runner)
+    runner = llm.loop.pipe.runner
+    params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+
+    def outside(rows: int) -> float:
+        samples = []
+        for _ in range(_SAMPLES):
+            timed = runner.model = _Timed(getattr(runner.model, "model", runner.model))  # type: ignore[assignment]
+            start = time.thread_time()
+            llm.generate([[2 + row] for row in range(rows)], params)
+            samples.append((time.thread_time() - start - timed.seconds) / timed.steps)
+        return min(samples)
+
+    one, many = outside(1), outside(64)
+    row = max(0.0, many - one) / 63
+    return max(0.0, one - row), row
