@@ -111,7 +111,7 @@ class Shard:
             max_num_batched_tokens=slots + sum(lengths) + BLOCK_SIZE,  # all prompts in one step: none runs ahead
             enable_prefix_caching=case.sharing,
         )
-        self.scheduler = ShardScheduler(config, PagePool([BlockAllocator(DeviceId(0), self.num_blocks)]))
+        self.scheduler = ShardScheduler(config, PagePool([[BlockAllocator(DeviceId(0), self.num_blocks)]]))
         if prefix:
             self.scheduler.add(request("first", prefix, 1))
             while self.scheduler.has_work:
@@ -191,7 +191,7 @@ def time_long_prompt(length: int, repeats: int) -> dict[str, list[int]]:
     pages, and the step that admits it, hashes and look-ups included."""
     blocks = 2 * -(-length // BLOCK_SIZE) + 8
     config = ShardConfig(num_blocks=blocks, block_size=BLOCK_SIZE, max_model_len=length + 1)
-    scheduler = ShardScheduler(config, PagePool([BlockAllocator(DeviceId(0), blocks)]))
+    scheduler = ShardScheduler(config, PagePool([[BlockAllocator(DeviceId(0), blocks)]]))
     tokens = prompt("long", length)
     found: dict[str, list[int]] = {"hash": [], "look up": [], "admitting step": []}
     now = time.thread_time_ns

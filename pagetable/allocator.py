@@ -30,7 +30,6 @@ from pagetable.ids import (
     PlanNumber,
     block_of,
     device_of,
-    generation_of,
 )
 
 RUN = 8
@@ -238,9 +237,9 @@ class BlockAllocator:
 
     def _block(self, ref: PageRef) -> BlockId:
         block = block_of(ref)
-        if device_of(ref) != self.device_id or block >= self.num_blocks:
+        if ref >> 48 != self.device_id or block >= self.num_blocks:
             raise StalePage(f"({device_of(ref)}, {block}) is no block of device {self.device_id}")
-        if generation_of(ref) != self._generation[block] or self._state[block] == BlockState.FREE:
+        if ref % MAX_GENERATIONS != self._generation[block] or not self._state[block]:  # 0 is FREE
             raise StalePage(f"block {block} of device {self.device_id} has begun another life")
         return block
 

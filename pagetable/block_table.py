@@ -5,7 +5,8 @@
     0                              |        num_tokens          capacity
                                    start of the partial last page
 
-Only the partial last page is ever written. Where it is shared (after a fork) the writer copies that one page first.
+Only the partial last page is ever written. Where it is shared (after a fork) the writer copies that one page first,
+within its group: ranks copy inside their own pools only.
 """
 
 from __future__ import annotations
@@ -17,19 +18,23 @@ from pagetable.allocator import NO_PLAN
 from pagetable.errors import InvariantBroken, PageError, WrongState
 from pagetable.ids import BlockId, DeviceId, LogicalPageId, PlanNumber
 from pagetable.page import PagePool
-from pagetable.prefix_tree import NO_PAGE
 
 
 class BlockTable:
-    """Logical pages of one sequence. It owns one user's share of each page that it lists."""
+    """Logical pages of one sequence. It owns one user's share of each page that it lists.
 
-    __slots__ = ("block_size", "num_tokens", "pages", "pool")
+    Attributes:
+        held: how many of its pages lie in each group; kept only where there are several.
+    """
+
+    __slots__ = ("block_size", "held", "num_tokens", "pages", "pool")
 
     def __init__(self, pool: PagePool, block_size: int) -> None:
         self.pool = pool
         self.block_size = block_size
         self.num_tokens = 0
         self.pages: array[int] = array("i")
+        self.held = [0] * pool.num_groups
 
     def __len__(self) -> int:
         return len(self.pages)
@@ -46,6 +51,14 @@ class BlockTable:
         needed = -(-(self.num_tokens + num_tokens) // self.block_size) - len(self.pages)
         return needed + (num_tokens > 0 and self._copies())
 
+    def is_stuck(self) -> bool:
+        """Whether the last page must be copied before it is written, and its group has no room for a copy, though
+        others may have: then `trim` to the page's start and computing its tokens again gets on."""
+        pool = self.pool
+        if pool.num_groups == 1 or not self._copies():
+            return False
+        return not pool.has_room_in(pool.group(LogicalPageId(self.pages[-1])))
+
     def adopt(self, pages: Iterable[LogicalPageId]) -> None:
         """Share full pages of a matched prefix behind the full pages that the table has."""
         if self.num_tokens % self.block_size:
@@ -60,13 +73,15 @@ class BlockTable:
                 self.pool.free(page)
             raise
         self.pages.extend(taken)
+        self._count(taken)
         self.num_tokens += len(taken) * self.block_size
 
     def append(self, num_tokens: int, after: PlanNumber) -> tuple[LogicalPageId, LogicalPageId] | None:
         """Room for `num_tokens` more tokens, which plan `after` writes.
 
         Returns (source, target) where the shared last page is to be copied before the plan writes, else None. The
-        copy's source is given up with that plan. Raises OutOfBlocks with nothing changed.
+        copy's source is given up with that plan. Raises OutOfBlocks with nothing changed, also where only the group of
+        the page to be copied has no room (`is_stuck`).
         """
         pool, pages = self.pool, self.pages
         if num_tokens < 0:
@@ -74,7 +89,8 @@ class BlockTable:
         needed = -(-(self.num_tokens + num_tokens) // self.block_size) - len(pages)
         copies = num_tokens > 0 and self._copies()
         if needed + copies:
-            fresh = pool.allocate(needed + copies, LogicalPageId(pages[-1]) if pages else NO_PAGE)
+            first_in = pool.group(LogicalPageId(pages[-1])) if copies else None
+            fresh = pool.allocate(needed + copies, pages, self.held, first_in)
         self.num_tokens += num_tokens
         copy = None
         if copies:
@@ -83,6 +99,7 @@ class BlockTable:
             pool.free(copy[0], after)
         if needed:
             pages.extend(fresh)
+            self._count(fresh)
         return copy
 
     def fork(self, num_tokens: int) -> BlockTable:
@@ -94,6 +111,7 @@ class BlockTable:
         for page in self.pages[: -(-num_tokens // self.block_size)]:
             self.pool.share(LogicalPageId(page))
             child.pages.append(page)
+        child._count(child.pages)
         return child
 
     def swap(self, index: int, page: LogicalPageId, after: PlanNumber) -> None:
@@ -101,6 +119,8 @@ class BlockTable:
         own = LogicalPageId(self.pages[index])
         self.pool.share(page)
         self.pages[index] = page
+        self._count((page,))
+        self._count((own,), -1)
         self.pool.free(own, after)
 
     def trim(self, num_tokens: int, after: PlanNumber = NO_PLAN) -> None:
@@ -108,6 +128,7 @@ class BlockTable:
         if not 0 <= num_tokens <= self.num_tokens:
             raise WrongState(f"a trim to token {num_tokens} of {self.num_tokens}")
         keep = -(-num_tokens // self.block_size)
+        self._count(self.pages[keep:], -1)
         while len(self.pages) > keep:
             self.pool.free(LogicalPageId(self.pages.pop()), after)
         self.num_tokens = num_tokens
@@ -120,6 +141,14 @@ class BlockTable:
         """Length and tail as they must be (D7, D10)."""
         if len(self.pages) != -(-self.num_tokens // self.block_size):
             raise InvariantBroken(f"{len(self.pages)} pages for {self.num_tokens} tokens")
+        lies = self.pool.groups(self.pages)
+        if self.pool.num_groups > 1 and self.held != [lies.count(group) for group in range(self.pool.num_groups)]:
+            raise InvariantBroken(f"pages by group: {self.held} in the books, of groups {lies}")
+
+    def _count(self, pages: Iterable[int], change: int = 1) -> None:
+        if self.pool.num_groups > 1:
+            for group in self.pool.groups(pages):
+                self.held[group] += change
 
     def _copies(self) -> bool:
         return self.num_tokens % self.block_size != 0 and not self.pool.writable(LogicalPageId(self.pages[-1]))

@@ -46,6 +46,15 @@ class Kind(IntEnum):
     REGISTER = 19
     FENCE = 20
     BEGUN = 21
+    RANK_READY = 22
+    FORM = 23
+    FORMED = 24
+    BROKEN = 25
+    ABORT = 26
+    PLAN = 27
+    RESULT = 28
+    READ_PAGES = 29
+    PAGES_READ = 30
 
 
 _KNOWN = frozenset(map(int, Kind))

@@ -1,11 +1,12 @@
-"""A shard in a simulator: the real scheduler over a fake two-stage device whose tokens depend on every byte read.
+"""A shard in a simulator: the real scheduler over a fake device whose tokens depend on every byte read.
 
-The fake device runs plans as a pipeline of two stages, each with its own pool: stage 0 when a plan is submitted,
-stage 1 when it retires, so plan n + 1 has begun before plan n ends. What a position writes is a hash of all that it
-read before, in both stages; the next token is a hash of that. So a page that is stale, swapped, half-written or of
-another sequence becomes a wrong token, which the unpaged `Reference` finds at once. A block that is handed out is
-scribbled over at that moment, as an incoming transfer
-would: whoever still reads it by an older plan reads garbage.
+The fake device has P stages of G groups, a rank with a pool and tables of its own for each. It runs plans as a
+pipeline: a stage takes the plans in their order, each when the stage before is done with it, and how far plans have
+come is drawn, so plan n + 1 has begun before plan n ends. Ranks write and read the pages of their group only; what they
+read is summed over the groups. What a position writes is a hash of all that it read before, in every stage; the next
+token is a hash of that. So a page that is stale, swapped, half-written, of another sequence or in no group's reach
+becomes a wrong token, which the unpaged `Reference` finds at once. A block that is handed out is scribbled over at that
+moment, as an incoming transfer would: whoever still reads it by an older plan reads garbage.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from itertools import islice
 
 from pagetable.allocator import BlockAllocator
 from pagetable.errors import InvalidRequest, StalePage
-from pagetable.ids import DeviceId, LogicalPageId, PageRef, block_of, generation_of
+from pagetable.ids import BlockId, DeviceId, LogicalPageId, PageRef, block_of, generation_of
 from pagetable.page import PagePool
 from pagetable.sampling import Request, SamplingParams
 from worker.config import ShardConfig
@@ -46,9 +47,9 @@ def draw(hidden: int, seed: int, sample_index: int, position: int) -> int:
 class Reference:
     """The same function without pages: feed tokens, ask for the next."""
 
-    def __init__(self, request: Request, sample_index: int, forced: tuple[int, ...] = ()) -> None:
+    def __init__(self, request: Request, sample_index: int, forced: tuple[int, ...] = (), num_stages: int = 1) -> None:
         self.request, self.sample_index = request, sample_index
-        self.sums = [0, 0]
+        self.sums = [0] * num_stages
         self.position = 0
         self.hidden = 0
         self.emitted = 0
@@ -58,7 +59,7 @@ class Reference:
 
     def feed(self, token: int) -> None:
         x = mix(token, self.position)
-        for stage in (0, 1):
+        for stage in range(len(self.sums)):
             self.sums[stage] = (self.sums[stage] + (2 * self.position + 1) * x) & MASK
             x = mix(self.sums[stage], stage)
         self.hidden = x
@@ -72,90 +73,128 @@ class Reference:
         return token
 
 
-class Stage:
-    """One rank: its pool, its block tables and its sampler state, changed by plans only."""
+class Rank:
+    """One rank's pool and block tables, changed by plans only. It knows the blocks of its stage and its group."""
 
-    def __init__(self, index: int, num_blocks: int, block_size: int) -> None:
-        self.index, self.block_size = index, block_size
+    def __init__(self, stage: int, group: int, num_blocks: int, block_size: int) -> None:
+        self.stage, self.group, self.block_size = stage, group, block_size
         self.pool = [[0] * block_size for _ in range(num_blocks)]
         self.tables: dict[int, dict[int, int]] = {}
-        self.samplers: dict[int, tuple[int, int]] = {}
 
-    def run(self, plan: Plan, x: list[int]) -> list[int]:
+    def write(self, plan: Plan, x: list[int]) -> None:
+        """Admits, table changes, copies, then K and V of all tokens whose pages are here."""
         size = self.block_size
         for admit in plan.admits:
             self.tables[admit.slot] = {}
-            self.samplers[admit.slot] = admit.params.seed or 0, admit.sample_index
-        for slot, index, block in zip(plan.table_slot, plan.table_index, plan.table_block, strict=True):
-            self.tables[slot][index] = block
-        for source, target in zip(plan.copy_source, plan.copy_target, strict=True):
-            self.pool[target] = self.pool[source][:]
+        changes = zip(plan.table_slot, plan.table_index, plan.table_group, plan.table_blocks[self.stage], strict=True)
+        for slot, index, group, block in changes:
+            self.tables[slot].pop(index, None)
+            if group == self.group:
+                self.tables[slot][index] = block
+        copies = zip(plan.copy_group, plan.copy_sources[self.stage], plan.copy_targets[self.stage], strict=True)
+        for group, source, target in copies:
+            if group == self.group:
+                self.pool[target] = self.pool[source][:]
         for row, slot in enumerate(plan.slots):
             table, first = self.tables[slot], plan.first_position[row]
             for t in range(plan.query_start[row], plan.query_start[row + 1]):
                 position = first + t - plan.query_start[row]
-                self.pool[table[position // size]][position % size] = x[t]
-        out = [0] * len(x)
+                if position // size in table:
+                    self.pool[table[position // size]][position % size] = x[t]
+
+    def attend(self, plan: Plan) -> list[tuple[int, int]]:
+        """For each token of the plan, a sum over the positions before it that are here, and how many they are."""
+        size, out = self.block_size, []
         for row, slot in enumerate(plan.slots):
             table, first = self.tables[slot], plan.first_position[row]
-            total, begin = 0, plan.query_start[row]
-            for position in range(first + plan.query_start[row + 1] - begin):
-                total = (total + (2 * position + 1) * self.pool[table[position // size]][position % size]) & MASK
+            total = count = 0
+            for position in range(first + plan.query_start[row + 1] - plan.query_start[row]):
+                if position // size in table:
+                    value = self.pool[table[position // size]][position % size]
+                    total, count = (total + (2 * position + 1) * value) & MASK, count + 1
                 if position >= first:
-                    out[begin + position - first] = mix(total, self.index)
+                    out.append((total, count))
         return out
 
 
 class FakeDevice:
-    """Both stages and the plans between them."""
+    """All ranks, and the plans between the stages.
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.stages = [Stage(i, num_blocks, block_size) for i in (0, 1)]
-        self.between: list[tuple[Plan, list[int]]] = []
+    Args:
+        sizes: blocks of each pool by stage and group.
+        rng: how far plans come before they have to.
+    """
+
+    def __init__(self, sizes: list[list[int]], block_size: int, rng: random.Random) -> None:
+        self.ranks = [
+            [Rank(stage, group, blocks, block_size) for group, blocks in enumerate(groups)]
+            for stage, groups in enumerate(sizes)
+        ]
+        self.samplers: dict[int, tuple[int, int]] = {}
+        self.rng = rng
+        self.plans: list[tuple[Plan, list[list[int]]]] = []  # with what each stage that is done with it gave
 
     def submit(self, plan: Plan) -> None:
         x = []
         for row in range(plan.num_rows):
             start, end = plan.query_start[row], plan.query_start[row + 1]
             x += [mix(plan.tokens[t], plan.first_position[row] + t - start) for t in range(start, end)]
-        self.between.append((plan, self.stages[0].run(plan, x)))
+        self.plans.append((plan, [x]))
+        for _ in range(self.rng.randrange(2 * len(self.ranks))):
+            self.advance(self.rng.randrange(len(self.plans)))
+
+    def advance(self, index: int) -> None:
+        """The next stage runs this plan, unless it is not through with the plan before."""
+        plan, done = self.plans[index]
+        stage = len(done) - 1
+        if stage == len(self.ranks) or (index and len(self.plans[index - 1][1]) - 1 <= stage):
+            return
+        for rank in self.ranks[stage]:
+            rank.write(plan, done[-1])
+        parts = [rank.attend(plan) for rank in self.ranks[stage]]
+        positions = [p + 1 for p in self.positions(plan)]
+        assert [sum(count for _, count in found) for found in zip(*parts, strict=True)] == positions, "pages unseen"
+        done.append([mix(sum(total for total, _ in found), stage) for found in zip(*parts, strict=True)])
+
+    @staticmethod
+    def positions(plan: Plan) -> list[int]:
+        rows = zip(plan.first_position, plan.query_start, plan.query_start[1:], strict=False)
+        return [position for first, start, end in rows for position in range(first, first + end - start)]
 
     def finish(self) -> StepResult:
-        plan, x = self.between.pop(0)
-        stage = self.stages[1]
-        hidden = stage.run(plan, x)
+        for _ in self.ranks:
+            self.advance(0)
+        plan, done = self.plans.pop(0)
+        for admit in plan.admits:
+            self.samplers[admit.slot] = admit.params.seed or 0, admit.sample_index
         tokens = array("i")
         for row, slot, position in zip(plan.sample_row, plan.sample_slot, plan.sample_position, strict=True):
-            tokens.append(draw(hidden[row], *stage.samplers[slot], position))
+            tokens.append(draw(done[-1][row], *self.samplers[slot], position))
         return StepResult(plan.number, tokens)
 
     def run(self, plan: Plan) -> StepResult:
         self.submit(plan)
         return self.finish()
 
-    def scribble(self, block: int) -> None:
-        for stage in self.stages:
-            stage.pool[block] = [mix(block, offset, 77) for offset in range(stage.block_size)]
-
 
 class WatchedAllocator(BlockAllocator):
     """Scribbles over each block that it hands out, and remembers the generations that it gave."""
 
-    def __init__(self, num_blocks: int, device: FakeDevice, rng: random.Random) -> None:
-        super().__init__(DeviceId(3), num_blocks)
-        self.device, self.rng = device, rng
+    def __init__(self, device_id: int, rank: Rank, rng: random.Random) -> None:
+        super().__init__(DeviceId(device_id), len(rank.pool))
+        self.rank, self.rng = rank, rng
         self.lives: dict[int, int] = {}
         self.stale: list[PageRef] = []
 
-    def allocate(self, count: int = 1, near: int = -1) -> list[PageRef]:  # type: ignore[override]
-        refs = super().allocate(count, near)  # type: ignore[arg-type]
+    def allocate(self, count: int = 1, near: int = -1) -> list[PageRef]:
+        refs = super().allocate(count, BlockId(near))
         for ref in refs:
             block, generation = block_of(ref), generation_of(ref)
             assert generation == self.lives.get(block, 0) + 1, "the generation did not grow by one"
             if block in self.lives:
                 self.stale.append(PageRef(ref - 1))
             self.lives[block] = generation
-            self.device.scribble(block)
+            self.rank.pool[block] = [mix(block, offset, 77) for offset in range(self.rank.block_size)]
         return refs
 
     def probe_stale(self) -> None:
@@ -180,14 +219,27 @@ class Stream:
 
 
 class WatchedScheduler(ShardScheduler):
-    """Asserts the promises on preemption at the moment of each."""
+    """Asserts the promises on preemption at the moment of each, and counts pages computed again."""
+
+    num_recomputed = 0
+    failed = False  # pages that never came are given up by whoever took them over
+
+    def abandon(self, why: str) -> list[TokenOutput]:
+        self.failed = True
+        outputs = super().abandon(why)
+        self.failed = False
+        return outputs
 
     def _preempt(self, sequence: Sequence) -> None:
-        assert sequence is not self._oldest(), "the oldest sequence was preempted"
+        assert self.failed or sequence is not self._oldest(), "the oldest sequence was preempted"
         younger = [s for s in self.running if s.order > sequence.order]
-        assert not younger, "a sequence was preempted while a younger one runs"
+        assert self.failed or not younger, "a sequence was preempted while a younger one runs"
         super()._preempt(sequence)
-        assert sequence.preemptions <= self.config.max_preemptions, "preempted too often"
+        assert self.failed or sequence.preemptions <= self.config.max_preemptions, "preempted too often"
+
+    def _rewind(self, sequence: Sequence) -> None:
+        self.num_recomputed += 1
+        super()._rewind(sequence)
 
 
 class Simulation:
@@ -195,10 +247,13 @@ class Simulation:
 
     Args:
         knobs: overrides of ShardConfig; the rest is drawn.
-        depth: plans in flight at most.
+        depth: plans in flight at most; as many stages, or one less.
+        groups: of each stage.
     """
 
-    def __init__(self, seed: int, depth: int | None = None, **knobs: int | float | bool) -> None:
+    def __init__(
+        self, seed: int, depth: int | None = None, groups: int | None = None, **knobs: int | float | bool
+    ) -> None:
         self.rng = rng = random.Random(seed)
         block_size = int(knobs.pop("block_size", rng.choice([1, 2, 3, 4, 8])))
         num_blocks = int(knobs.pop("num_blocks", rng.choice([6, 12, 24, 40])))
@@ -213,18 +268,38 @@ class Simulation:
         }
         settings["max_num_batched_tokens"] = int(settings["max_num_seqs"]) + block_size + rng.choice([0, 5, 30])
         settings.update(knobs)
-        self.config = ShardConfig(num_blocks=num_blocks, block_size=block_size, **settings)  # type: ignore[arg-type]
-        self.device = FakeDevice(num_blocks, block_size)
-        self.allocator = WatchedAllocator(num_blocks, self.device, rng)
-        self.pool = PagePool([self.allocator])
-        self.scheduler = WatchedScheduler(self.config, self.pool, b"simulated")
         self.depth = depth or rng.choice([1, 2, 3])
+        settings["num_stages"] = self.depth
+        self.config = ShardConfig(num_blocks=num_blocks, block_size=block_size, **settings)  # type: ignore[arg-type]
+        self.num_stages = max(1, self.depth - rng.choice([0, 0, 1]))
+        sizes = self.draw_sizes(num_blocks, groups or rng.choice([1, 1, 2, 4]))
+        self.device = FakeDevice(sizes, block_size, rng)
+        columns = [
+            [WatchedAllocator(3 + stage * len(ranks) + group, rank, rng) for group, rank in enumerate(ranks)]
+            for stage, ranks in enumerate(self.device.ranks)
+        ]
+        self.allocators = [allocator for column in columns for allocator in column]
+        self.pool = PagePool(columns)
+        self.scheduler = WatchedScheduler(self.config, self.pool, b"simulated")
         self.streams: dict[tuple[str, int], Stream] = {}
         self.families = [[rng.randrange(1, VOCAB) for _ in range(60)] for _ in range(3)]
         self.names = 0
         self.num_tokens = 0
         self.num_refused = 0
         self.steps = 0
+
+    def draw_sizes(self, num_blocks: int, num_groups: int) -> list[list[int]]:
+        """Blocks by stage and group: the groups hold `num_blocks` pages, about evenly or not at all; of each group one
+        stage has just enough."""
+        rng = self.rng
+        even = rng.random() < 0.5
+        smallest = [num_blocks // num_groups] * num_groups if even else [1] * num_groups
+        while sum(smallest) < num_blocks:
+            smallest[rng.randrange(num_groups)] += 1
+        sizes = [[least + rng.choice([0, 0, 1, 5]) for least in smallest] for _ in range(self.num_stages)]
+        for group, least in enumerate(smallest):
+            sizes[rng.randrange(self.num_stages)][group] = least
+        return sizes
 
     def step(self) -> None:
         """One random event, then plans and retirements, then all invariants."""
@@ -246,12 +321,14 @@ class Simulation:
         moved = False
         while self.scheduler.num_in_flight < self.depth:
             oldest = self.scheduler._oldest()
+            awaits = oldest is not None and oldest.pending
             plan = self.scheduler.schedule()
             if plan is None:
                 assert self.scheduler.num_in_flight or not self.scheduler.has_work, "work, room and no plan"
                 break
-            if self.scheduler.num_in_flight == 1:
-                assert oldest is not None and oldest.last_plan == plan.number, "the oldest sequence did not advance"
+            assert oldest is not None
+            held = self.scheduler.num_in_flight > 1 and self.pool.num_retiring > 0
+            assert awaits or held or oldest.last_plan == plan.number, "the oldest sequence did not advance"
             moved = True
             self.device.submit(plan)
             if self.rng.random() < 0.3:
@@ -308,7 +385,12 @@ class Simulation:
             self.num_refused += 1
             return
         for index in range(params.n):
-            self.streams[request.request_id, index] = Stream(request, Reference(request, index))
+            self.begin(request, index)
+
+    def begin(self, request: Request, index: int, emitted: tuple[int, ...] = ()) -> None:
+        """What comes for this sample from here on is compared with the reference."""
+        reference = Reference(request, index, emitted, self.num_stages)
+        self.streams[request.request_id, index] = Stream(request, reference, list(emitted))
 
     def cancel(self) -> None:
         sequences = self.scheduler.sequences()
@@ -344,7 +426,7 @@ class Simulation:
         except Exception as error:
             assert type(error).__name__ == "Overloaded"
             return
-        self.streams[request.request_id, 0] = Stream(request, Reference(request, 0, emitted), list(emitted))
+        self.begin(request, 0, emitted)
 
     def resume(self) -> None:
         """A request ends here and goes on under another name from what it has emitted, as after a shard's death."""
@@ -367,11 +449,11 @@ class Simulation:
             assert type(error).__name__ == "Overloaded"
             return
         for index, tokens in left.items():
-            self.streams[request.request_id, index] = Stream(request, Reference(request, index, tokens), list(tokens))
+            self.begin(request, index, tokens)
 
     def check(self) -> None:
         self.scheduler.check()
-        self.allocator.probe_stale()
+        self.rng.choice(self.allocators).probe_stale()
         unfinished = {(s.request.request_id, s.sample_index) for s in self.scheduler.sequences()}
         assert unfinished == {key for key, stream in self.streams.items() if not stream.ended}, "a sequence got lost"
         for sequence in self.scheduler.sequences():
@@ -400,6 +482,9 @@ class Simulation:
         assert all(stream.ended for stream in self.streams.values())
         self.pool.flush()
         self.scheduler.check()
-        assert self.allocator.num_free == self.config.num_blocks, "blocks were lost"
-        assert self.allocator.num_allocations == self.allocator.num_frees
-        assert self.scheduler.pool.num_retiring == 0
+        assert self.pool.num_free == self.pool.num_pages == self.config.num_blocks, "pages were lost"
+        assert self.pool.attended == [0] * self.pool.num_groups
+        for allocator in self.allocators:
+            assert allocator.num_free == allocator.num_blocks, "blocks were lost"
+            assert allocator.num_allocations == allocator.num_frees
+        assert self.pool.num_retiring == 0

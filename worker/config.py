@@ -12,7 +12,8 @@ class ShardConfig:
     """Limits of a shard's scheduler.
 
     Attributes:
-        num_blocks: pages that the pool holds.
+        num_blocks: pages that the pool holds, over all groups.
+        num_stages: of the pipeline: plans that may be in flight.
         max_model_len: prompt and output tokens of one sequence.
         max_num_seqs: sequences that hold pages at the same time.
         max_num_batched_tokens: query tokens of one step; running decodes come first, prefill chunks share the rest.
@@ -27,6 +28,7 @@ class ShardConfig:
 
     num_blocks: int
     block_size: int = 16
+    num_stages: int = 1
     max_model_len: int = 2048
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
@@ -42,6 +44,7 @@ class ShardConfig:
         for name in (
             "num_blocks",
             "block_size",
+            "num_stages",
             "max_model_len",
             "max_num_seqs",
             "max_num_partial_prefills",

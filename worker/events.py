@@ -1,7 +1,11 @@
-"""What a shard tells the global scheduler: every sequence's table as (device_id, block_id), by changes."""
+"""What a shard tells the global scheduler: every sequence's table as (device_id, block_id), by changes.
+
+A shard of several stages tells of the first one's pages; the others hold the same logical pages in the same groups.
+"""
 
 from __future__ import annotations
 
+from pagetable.allocator import BlockState
 from pagetable.ids import SequenceId
 from pagetable.page import PagePool
 from quire_pb.worker.v1 import worker_pb2 as pb
@@ -62,9 +66,10 @@ class Journal:
                 self._slots[admit.slot] = admit.sequence_id
                 self._known.add(admit.sequence_id)
                 self._start(by_slot[admit.slot])
-        device = int(self._scheduler.pool.columns[0].device_id)
-        for slot, index, block in zip(plan.table_slot, plan.table_index, plan.table_block, strict=True):
-            self._enter(self._slots[slot], index, device, block)
+        devices = [int(allocator.device_id) for allocator in self._scheduler.pool.columns[0]]
+        changes = zip(plan.table_slot, plan.table_index, plan.table_group, plan.table_blocks[0], strict=True)
+        for slot, index, group, block in changes:
+            self._enter(self._slots[slot], index, devices[group], block)
         for sequence in self._scheduler.running:
             pages = list(sequence.table) if sequence.resend else []
             for (
@@ -120,11 +125,23 @@ def short_digest(digest: bytes) -> int:
 
 
 def page_load(pool: PagePool) -> pb.Load:
-    """Block counts of a shard's pool."""
+    """Counts of a shard's pages, over all its groups; free, cached and used ones sum to what the pool holds."""
+    pools = [
+        pb.Pool(
+            device_id=allocator.device_id,
+            num_blocks=allocator.num_blocks,
+            free_blocks=allocator.num_free,
+            cached_blocks=allocator.counts[BlockState.CACHED],
+            used_blocks=allocator.counts[BlockState.RESERVED] + allocator.counts[BlockState.LIVE],
+        )
+        for column in pool.columns
+        for allocator in column
+    ]
     return pb.Load(
-        free_blocks=pool.columns[0].num_free,
+        pools=pools,
+        free_blocks=pool.num_free,
         cached_blocks=len(pool.order),
         used_blocks=pool.num_used,
-        allocations=pool.columns[0].num_allocations,
+        allocations=sum(allocator.num_allocations for allocator in pool.columns[0]),
         evictions=pool.num_evictions,
     )

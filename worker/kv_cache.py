@@ -1,4 +1,5 @@
-"""PagedKVCache: the memory of one KV device, a pool of blocks. It knows bytes, never who owns a block.
+"""PagedKVCache: the memory of one KV device (or a rank's part of it), a pool of blocks. It knows bytes, never who owns
+a block.
 
 On CPUs the pool is layer-major (a step reads one layer of all its pages before the next), in private anonymous memory
 with huge pages asked for: attention reads scattered pages, and 4 KiB pages of memory cost it 6 % of its rate in
@@ -15,25 +16,33 @@ import torch
 from kernels import int8, ops
 from kernels.decoder import huge_memory
 from pagetable.errors import ConfigError
+from worker.layout import Layout, Part
 from worker.model_config import ModelConfig
 
 
 class PagedKVCache:
-    """Keys and values of all layers in blocks of `block_size` tokens.
+    """Keys and values of a rank's layers and heads in blocks of `block_size` tokens.
 
     Attributes:
         pool: [layers, blocks, 2 (K, V), kv_heads, block_size, head_dim] of `dtype`; of int8 as in `kernels.int8`.
+            Layers and heads are counted from the rank's first.
     """
 
-    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, part: Part | None = None
+    ) -> None:
         """Reserve the pool; its memory is taken from the machine as blocks are first written.
+
+        Args:
+            part: the rank's; None is the whole model.
 
         Errors: ConfigError where so much memory cannot even be reserved.
         """
         self.num_blocks, self.block_size = num_blocks, block_size
-        row = config.head_dim + (int8.SCALE_BYTES if dtype == torch.int8 else 0)
-        shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size, row)
-        num_bytes = num_blocks * self.bytes_per_block(config, block_size, dtype)
+        part = part or Layout().part(config, 0)
+        row_bytes = self.row_bytes(config, dtype)
+        shape = (len(part.layers), num_blocks, 2, len(part.kv_heads), block_size, row_bytes // dtype.itemsize)
+        num_bytes = num_blocks * part.block_bytes(block_size, row_bytes)
         try:
             memory = huge_memory(num_bytes)
         except (OSError, OverflowError, ValueError):
@@ -42,11 +51,15 @@ class PagedKVCache:
             ) from None
         self.pool = torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
 
+    @classmethod
+    def bytes_per_block(cls, config: ModelConfig, block_size: int, dtype: torch.dtype, part: Part | None = None) -> int:
+        """Bytes of one block over all layers, K and V; of one rank's where `part` says which."""
+        return (part or Layout().part(config, 0)).block_bytes(block_size, cls.row_bytes(config, dtype))
+
     @staticmethod
-    def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes of one block over all layers, K and V."""
-        scale = int8.SCALE_BYTES if dtype == torch.int8 else 0
-        return 2 * config.num_layers * config.num_kv_heads * block_size * (config.head_dim * dtype.itemsize + scale)
+    def row_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+        """Bytes of one token's K (or V) of one head, its scale included where the pool is int8."""
+        return config.head_dim * dtype.itemsize + (int8.SCALE_BYTES if dtype == torch.int8 else 0)
 
     @property
     def pools(self) -> Sequence[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""NativeModel: the Llama family on the native decoder step, with weights packed once at load.
+"""NativeModel: a rank's part of a Llama-family model on the native decoder step, its weights packed once at load.
 
 What it computes is `worker/model.py`, which stays as the oracle; it rounds less often. In bfloat16 the residual stream,
 the sums of products and everything between two products stay float32.
@@ -6,7 +6,7 @@ the sums of products and everything between two products stay float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,10 @@ import torch
 
 from kernels.cpu import Native
 from kernels.decoder import CHOICE, DecoderShape, Head, LayerRows, NativeDecoder, Rows
+from kernels.peers import Peers
 from worker.draw import Shape
 from worker.kv_cache import PagedKVCache
+from worker.layout import Layout, Part
 from worker.model_config import ModelConfig
 from worker.tables import Batch
 from worker.weights import Progress, TensorReader, Weights
@@ -33,59 +35,71 @@ class NativeModel:
         threads: int,
         progress: Progress | None = None,
         *,
+        part: Part | None = None,
         deterministic: bool = False,
     ) -> None:
-        """Pack the weights, layer by layer, in `dtype`; their files are not held in memory afterwards.
+        """Pack the weights of a part, layer by layer, in `dtype`; their files are not held in memory afterwards.
 
         Args:
             dtype: float32 or bfloat16.
             threads: that work on a step, the caller's included.
+            progress: called with the bytes done and the bytes in all of this part, as stored.
+            part: what this rank has of the model; None is all of it.
             deterministic: a token's logits depend on its sequence alone, bit for bit.
-            progress: called with the bytes done and the bytes in all, as stored.
 
         Errors: ModelError where a tensor is missing, unknown, or of another shape or kind than config.json says.
         """
-        self.config, self.dtype = config, dtype
-        reader = TensorReader(weights, config.tensor_shapes(), dtype, config.harmless_tensors, progress)
-        embedding = reader.take("model.embed_tokens.weight")
+        self.config, self.dtype, self.part = config, dtype, part or Layout().part(config, 0)
+        part = self.part
+        slices = part.tensors(config)
+        reader = TensorReader(weights, config.tensor_shapes(), dtype, config.harmless_tensors, progress, slices)
+        embedding = reader.take("model.embed_tokens.weight") if part.is_first else None
         frequencies = torch.tensor(config.rope.inverse_frequencies(config.head_dim), dtype=torch.float64)
         shape = DecoderShape(
             hidden=config.hidden_size,
-            q_heads=config.num_heads,
-            kv_heads=config.num_kv_heads,
+            q_heads=len(part.heads),
+            kv_heads=len(part.kv_heads),
             head_dim=config.head_dim,
-            intermediate=config.intermediate_size,
+            intermediate=len(part.mlp),
             vocab=config.vocab_size,
             eps=config.rms_norm_eps,
             rotary_factor=config.rope.attention_factor,
             windows=self.windows,
+            attended_heads=len(part.attended),
         )
-        norm = reader.take("model.norm.weight").to(torch.float32)
+        norm = reader.take("model.norm.weight").to(torch.float32) if part.is_last else None
         self._decoder = NativeDecoder(
             shape, dtype, embedding, norm, frequencies, backend, threads, deterministic=deterministic
         )
-        for layer in range(config.num_layers):
+        for layer in part.layers:
             self._decoder.add_layer(_layer(config, reader, layer))
             weights.release()
-        head = embedding if config.tie_word_embeddings else reader.take("lm_head.weight")
-        self._decoder.set_head(Rows.beside((head,), (None,)))
-        weights.release()
+        if part.is_last:
+            self._decoder.set_head(Rows.beside((_head(config, part, reader, embedding),), (None,)))
+            weights.release()
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """The different sliding windows of the layers; 0 is full attention."""
-        return tuple(sorted(set(self.config.windows)))
+        """The different sliding windows of the part's layers; 0 is full attention."""
+        return tuple(sorted({self.config.windows[layer] for layer in self.part.layers}))
 
     def forward(
-        self, batch: Batch, cache: PagedKVCache, reduce: Callable[[torch.Tensor], None] | None = None
+        self,
+        batch: Batch,
+        cache: PagedKVCache,
+        hidden: torch.Tensor | None = None,
+        tensor: Peers | None = None,
+        slice: Peers | None = None,
     ) -> torch.Tensor:
-        """See `Decoder.forward`; the residual stream is float32. `reduce` is a tensor-parallel rank's all-reduce."""
+        """See `Decoder.forward`; the residual stream is float32. `NativeDecoder.forward` says what a part needs."""
         where = (batch.slots, batch.query_start, cache.pool, batch.pages, batch.masks)
-        return self._decoder.forward(batch.tokens, batch.positions, *where, reduce)
+        return self._decoder.forward(batch.tokens, batch.positions, *where, hidden=hidden, tensor=tensor, slice=slice)
 
     def head(self, hidden: torch.Tensor, rows: npt.NDArray[np.int64], *, logits: bool) -> Head:
-        """See `Decoder.head`."""
-        return self._decoder.head(hidden, rows, logits=logits)
+        """See `Decoder.head`; of the part's rows of the vocabulary, `part.vocab`: only `tokens` count in all of it."""
+        head = self._decoder.head(hidden, rows, logits=logits)
+        first = self.part.vocab.start
+        return replace(head, tokens=head.tokens + np.int32(first)) if first else head
 
     def choose(self, rows: torch.Tensor, shape: Shape) -> npt.NDArray[np.int64]:
         """See `draw.choose`."""
@@ -98,6 +112,15 @@ def choices_of(shape: Shape) -> npt.NDArray[np.void]:
     for name in CHOICE.names or ():
         choices[name] = getattr(shape, name).squeeze(1).numpy()
     return choices
+
+
+def _head(config: ModelConfig, part: Part, reader: TensorReader, embedding: torch.Tensor | None) -> torch.Tensor:
+    """The part's rows of the head, which is the embedding again where the two are tied."""
+    if not config.tie_word_embeddings:
+        return reader.take("lm_head.weight")
+    if embedding is None:
+        return reader.take("model.embed_tokens.weight")
+    return embedding[part.vocab.start : part.vocab.stop]
 
 
 def _layer(config: ModelConfig, reader: TensorReader, layer: int) -> LayerRows:

@@ -2,6 +2,8 @@
 
 A plan carries changes, never state: ranks keep block tables (one row a slot) and sampler state (one entry a slot)
 and apply what the plan says. A slot is a row number below `max_num_seqs`; a sequence keeps its slot while it runs.
+All ranks of all stages get the same plan. A page lies in one group, the same in every column (stage), under a block id
+of each column: a rank takes the blocks of its column and heeds the entries of its group.
 
 Order of execution within a plan: admits, table changes, copies, then the forward pass over all rows
 (in every layer, K and V of all rows are written before any row attends), then samples and scores.
@@ -18,6 +20,11 @@ from pagetable.sampling import SamplingParams
 
 def ints() -> array[int]:
     return array("i")
+
+
+def by_column(num_columns: int = 1) -> list[array[int]]:
+    """An empty array for each column."""
+    return [ints() for _ in range(num_columns)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +52,7 @@ class Plan:
     """One step of a shard. R rows (sequences), T query tokens, S samples, C table changes, M page copies, K scores.
 
     Rows are sorted by the length of their table, so that neighbours in the batch cost about the same.
-    All arrays are int32 (`array('i')`).
+    All arrays are int32 (`array('i')`); what is by column is a list with one array for each.
     """
 
     number: PlanNumber
@@ -56,13 +63,15 @@ class Plan:
     first_position: array[int] = field(default_factory=ints)
     # [T] input token ids
     tokens: array[int] = field(default_factory=ints)
-    # [C] tables[table_slot, table_index] = table_block, before the copies
+    # [C] tables[table_slot, table_index] = table_blocks[column] in group table_group, before the copies
     table_slot: array[int] = field(default_factory=ints)
     table_index: array[int] = field(default_factory=ints)
-    table_block: array[int] = field(default_factory=ints)
-    # [M] whole pages copied before the forward pass (copy on write)
-    copy_source: array[int] = field(default_factory=ints)
-    copy_target: array[int] = field(default_factory=ints)
+    table_group: array[int] = field(default_factory=ints)
+    table_blocks: list[array[int]] = field(default_factory=by_column)
+    # [M] whole pages copied before the forward pass (copy on write), within one group
+    copy_group: array[int] = field(default_factory=ints)
+    copy_sources: list[array[int]] = field(default_factory=by_column)
+    copy_targets: list[array[int]] = field(default_factory=by_column)
     # [S] sample one token from the logits of query token `sample_row` with the state of `sample_slot`;
     # the token will stand at `sample_position`
     sample_row: array[int] = field(default_factory=ints)

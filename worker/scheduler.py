@@ -5,14 +5,19 @@
     FORK --the parent's last prompt chunk is planned--> DECODE       (no slot left: --> WAIT)
 
 `schedule` makes the next plan and books its effects at once (tokens computed, pages filled and findable); `retire`
-takes the plan's result. Several plans may be in flight; a sequence that awaits its token sits out. Promises, in this
-order:
+takes the plan's result. With P stages P plans may be in flight; a sequence that awaits its token sits out, a prompt's
+next chunk need not wait for the one before. Promises, in this order:
 
-1. The oldest unfinished sequence advances in every plan; for it, and only by older ones, younger sequences are
-preempted.
-2. Every running decode is in every plan; prompts share what is left of the token budget in equal parts. Short ones
-begin first, but pass a longer one only for a time that its own length bounds (`_PATIENCE`).
+1. The oldest unfinished sequence advances in every plan, except while it awaits its token or pages that plans in flight
+still hold (both come with their retirement, and it has the first pick then); for it, and only by older ones, younger
+sequences are preempted. With no plan in flight there is always one to make.
+2. Every running decode is in every plan, with P stages by turns in one of P (`Stages`), as long as there are pages;
+prompts share what is left of the token budget in equal parts. Short ones begin first, but pass a longer one only for a
+time that its own length bounds (`_PATIENCE`).
 3. A sequence preempted `max_preemptions` times comes back only when it can no longer be a victim.
+
+A decode whose shared last page cannot be copied, because the page's group is full, computes that page's tokens again
+into another group.
 
 Nothing here reads a clock, draws a number or does I/O: the same calls give the same plans.
 """
@@ -41,6 +46,7 @@ from worker.admission import Admission
 from worker.config import ShardConfig
 from worker.plan import Plan, StepResult
 from worker.sequence import NO_SLOT, FinishReason, Sequence, State, TokenOutput
+from worker.stages import Stages
 from worker.step import Step
 from worker.waiting import AGE, TURN, WaitingQueue
 
@@ -66,6 +72,7 @@ class ShardScheduler:
         # (sequence, whether it ended) that gave up their pages, for whoever reports it
         self.departed: list[tuple[SequenceId, bool]] | None = None
         self._admission = Admission(config, pool)
+        self._stages = Stages(config.num_stages, config.block_size)
         self._identity = identity
         self._requests: dict[str, dict[int, Sequence]] = {}  # unfinished, by request id and sample index
         self._forks: dict[SequenceId, list[Sequence]] = {}  # FORK sequences by parent
@@ -175,24 +182,28 @@ class ShardScheduler:
     # Plans
 
     def schedule(self) -> Plan | None:
-        """The next plan, or None where nothing can advance before a plan in flight retires."""
+        """The next plan, or None where a plan in flight has to retire first: for all stages are busy, or nothing can
+        advance."""
         oldest = self._oldest()
-        if oldest is None:
+        if oldest is None or len(self._in_flight) >= self.config.num_stages:
             return None
-        decodes = [s for s in self.running if s.state is State.DECODE and not s.pending]
-        step = Step(self._next_plan, self.config.max_num_batched_tokens - len(decodes), oldest, self.config, self.pool)
+        ready, places = self._stages.decodes(self.running, oldest)
         prefills = [s for s in self.running if s.state is State.PREFILL]
+        budget = self.config.max_num_batched_tokens - places
+        if self.config.num_stages > 1:
+            budget = self._stages.prompt_tokens(prefills, self.waiting.next_in_turn(_ADMISSION_SCAN), budget)
+        step = Step(self._next_plan, budget, oldest, self.config, self.pool)
         self._was_short, self._short_of_pages = self._short_of_pages, False
         share = self._admission.share(step.budget, len(prefills) + len(self.waiting))
         if oldest.state is State.WAIT:
             self._admit(oldest, share, step)
         elif oldest.state is State.PREFILL:
             self._plan_chunk(oldest, share, step)
-        elif not oldest.pending:
-            self._plan_decode(oldest, step)
-        for sequence in decodes:
-            if sequence.state is State.DECODE and sequence.sequence_id not in step.rows and not sequence.pending:
-                self._plan_decode(sequence, step)
+        for sequence in ready:
+            if not places:
+                break
+            if sequence.state is State.DECODE and not sequence.pending:
+                places -= self._plan_decode(sequence, step)
         self._plan_prompts(prefills, share, step)
         if not step.rows:
             return None
@@ -376,16 +387,25 @@ class ShardScheduler:
 
     # Rows
 
-    def _plan_decode(self, sequence: Sequence, step: Step) -> None:
+    def _plan_decode(self, sequence: Sequence, step: Step) -> bool:
+        """Whether it has a row of the plan now."""
         table = sequence.table
         missing = table.missing(1)
         if missing and not (self._under_cap(sequence, missing, step) and self._make_room(sequence, missing, step)):
             if sequence is step.oldest and not self._in_flight:
-                self._rewind(sequence)
-                self._plan_chunk(sequence, self.config.block_size, step)
-            return  # it keeps its pages and waits
+                return self._recompute(sequence, step)
+            return False  # it keeps its pages and waits
+        if missing and table.is_stuck():
+            return self._recompute(sequence, step)
         step.append(sequence, 1)
         step.sample(sequence, sequence)
+        return True
+
+    def _recompute(self, sequence: Sequence, step: Step) -> bool:
+        """The last page again, from its first token."""
+        self._rewind(sequence)
+        self._plan_chunk(sequence, self.config.block_size, step)
+        return sequence.sequence_id in step.rows
 
     def _plan_chunk(self, sequence: Sequence, most: int, step: Step) -> None:
         """Plan the next `most` prompt tokens (or what fits); behind its row of this plan where there is one."""
@@ -471,8 +491,8 @@ class ShardScheduler:
         self.waiting.add(sequence)
 
     def _rewind(self, sequence: Sequence) -> None:
-        """-> PREFILL from the last page boundary: there is no room for a copy of the sealed last page, so it is given
-        up and its tokens are computed again into the block that this frees."""
+        """-> PREFILL from the last page boundary: there is no room for a copy of the last page, so it is given up and
+        its tokens are computed again into the block that this frees, or into another group."""
         size = self.config.block_size
         sequence.table.trim(sequence.num_computed // size * size, sequence.last_plan)
         sequence.num_computed = sequence.table.num_tokens

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence as ListOf
 
 from pagetable.ids import LogicalPageId, PlanNumber, SequenceId
 from pagetable.page import PagePool
 from pagetable.prefix_tree import NO_PAGE, extend_digests
 from worker.config import ShardConfig
-from worker.plan import Admit, Plan
+from worker.plan import Admit, Plan, by_column
 from worker.sequence import Sequence
 
 
@@ -37,7 +38,13 @@ class Step:
     """
 
     def __init__(self, number: PlanNumber, budget: int, oldest: Sequence, config: ShardConfig, pool: PagePool) -> None:
-        self.plan = Plan(number)
+        columns = pool.num_columns
+        self.plan = Plan(
+            number,
+            table_blocks=by_column(columns),
+            copy_sources=by_column(columns),
+            copy_targets=by_column(columns),
+        )
         self.budget = budget
         self.oldest = oldest
         self.rows: dict[SequenceId, Row] = {}
@@ -57,7 +64,7 @@ class Step:
         Raises OutOfBlocks with nothing changed where the pool has no room for them.
         """
         row = self.rows.get(sequence.sequence_id)
-        table, plan, pool = sequence.table, self.plan, self._pool
+        table, plan = sequence.table, self.plan
         before = len(table)
         copy = table.append(count, plan.number)
         if row is None:
@@ -66,17 +73,15 @@ class Step:
         if sequence.num_sent < 0:
             self.introduce(sequence)
         if copy is not None:
-            plan.copy_source.append(pool.block(copy[0]))
-            plan.copy_target.append(pool.block(copy[1]))
-            self.fresh.append(copy[1])
+            self._copy(*copy)
             if before <= sequence.num_sent:
-                self._send(sequence, before - 1)
-        for index in sequence.resend:
-            self._send(sequence, index)
-        sequence.resend.clear()
-        for index in range(sequence.num_sent, len(table)):
-            self._send(sequence, index)
-        sequence.num_sent = len(table)
+                self._send(sequence, (before - 1,))
+        if sequence.resend:
+            self._send(sequence, sequence.resend)
+            sequence.resend.clear()
+        if len(table) > sequence.num_sent:
+            self._send(sequence, range(sequence.num_sent, len(table)))
+            sequence.num_sent = len(table)
         self.fresh.extend(map(LogicalPageId, table.pages[before:]))
         sequence.num_computed += count
         sequence.last_plan = plan.number
@@ -146,10 +151,24 @@ class Step:
                 sequence.resend.append(index)  # this plan still reads and writes its own page
         sequence.num_sealed = full
 
-    def _send(self, sequence: Sequence, index: int) -> None:
-        self.plan.table_slot.append(sequence.slot)
-        self.plan.table_index.append(index)
-        self.plan.table_block.append(self._pool.block(LogicalPageId(sequence.table.pages[index])))
+    def _send(self, sequence: Sequence, indices: ListOf[int]) -> None:
+        """Tell the ranks where these pages of the sequence's table are."""
+        plan, pool, pages = self.plan, self._pool, sequence.table.pages
+        changed = [pages[index] for index in indices]
+        plan.table_slot.extend([sequence.slot] * len(changed))
+        plan.table_index.extend(indices)
+        plan.table_group.extend(pool.groups(changed))
+        for column, blocks in enumerate(plan.table_blocks):
+            blocks.extend(pool.blocks(changed, column))
+
+    def _copy(self, source: LogicalPageId, target: LogicalPageId) -> None:
+        """The ranks of the pages' group copy `source` to `target` before the plan writes."""
+        plan, pool = self.plan, self._pool
+        plan.copy_group.append(pool.group(source))
+        for column, (sources, targets) in enumerate(zip(plan.copy_sources, plan.copy_targets, strict=True)):
+            sources.append(pool.block(source, column))
+            targets.append(pool.block(target, column))
+        self.fresh.append(target)
 
     def _score(self, row: Row, offset: int) -> None:
         sequence = row.sequence

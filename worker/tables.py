@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ class Batch:
 
     Attributes:
         tokens, positions: int64 [T].
-        slots: int64 [T], where each token's K and V go: block * block_size + offset.
+        slots: int64 [T], where each token's K and V go: block * block_size + offset; -1 is to another group.
         query_start: int32 [R+1].
         pages, masks: by sliding window (0 is none): what layers of that window attend.
     """
@@ -41,18 +42,39 @@ class Batch:
 
 
 class TableMirror:
-    """int32 [slots, blocks]: row `slot` is the block table of the sequence that runs there; stale behind its end."""
+    """int32 [slots, blocks]: row `slot` is the block table of the sequence that runs there; stale behind its end.
 
-    def __init__(self, max_num_seqs: int, max_blocks_per_seq: int, block_size: int) -> None:
-        self.block_size = block_size
+    Args:
+        column: the stage whose blocks these are.
+        group: the only group whose pages are in reach, those of the others are -1; None where there is one group.
+    """
+
+    def __init__(
+        self, max_num_seqs: int, max_blocks_per_seq: int, block_size: int, column: int = 0, group: int | None = None
+    ) -> None:
+        self.block_size, self.column, self.group = block_size, column, group
         self.tables: Ints = np.full((max_num_seqs, max_blocks_per_seq), -1, dtype=np.int32)
 
     def apply(self, plan: Plan) -> None:
         """Carry out the plan's table changes. InvariantBroken (and nothing changed) where one is out of range."""
-        slot, index, block = ints(plan.table_slot), ints(plan.table_index), ints(plan.table_block)
+        slot, index, block = ints(plan.table_slot), ints(plan.table_index), ints(plan.table_blocks[self.column])
         _check_range("table_slot", slot, self.tables.shape[0])
         _check_range("table_index", index, self.tables.shape[1])
+        if self.group is not None:
+            block[ints(plan.table_group) != self.group] = -1
         self.tables[slot, index] = block
+
+    def copies(self, plan: Plan) -> tuple[Ints, Ints]:
+        """(source, target) blocks that this rank copies before the forward pass."""
+        source, target = ints(plan.copy_sources[self.column]), ints(plan.copy_targets[self.column])
+        if self.group is None or not len(source):
+            return source, target
+        here = ints(plan.copy_group) == self.group
+        return source[here], target[here]
+
+    def digest(self) -> bytes:
+        """SHA-256 of the whole table: equal on all ranks of one column and group that have applied the same plans."""
+        return sha256(self.tables.tobytes()).digest()
 
     def batch(self, plan: Plan, windows: Iterable[int]) -> Batch:
         """The arrays of the plan's rows, after `apply`.
@@ -66,6 +88,8 @@ class TableMirror:
             page      0     1     2     3     4     5
                    |.....|.....|..###|#####|#####|QQ...|     # = seen by the first query, Q = this step's tokens
                                ^ the first page listed
+
+        Pages of other groups are not listed: a row may have none.
         """
         query_start, first, slots = ints(plan.query_start), ints(plan.first_position), ints(plan.slots)
         lengths = np.diff(query_start)
@@ -79,11 +103,17 @@ class TableMirror:
         return Batch(
             tokens=torch.from_numpy(ints(plan.tokens).astype(np.int64)),
             positions=torch.from_numpy(positions),
-            slots=torch.from_numpy(blocks * self.block_size + positions % self.block_size),
+            slots=torch.from_numpy(self._slots(blocks, positions)),
             query_start=torch.from_numpy(query_start),
             pages={window: self._pages(slots, first, num_pages, window) for window in windows},
             masks={window: Mask(first_position, window) for window in windows},
         )
+
+    def _slots(self, blocks: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        slots = blocks * self.block_size + positions % self.block_size
+        if self.group is not None:
+            slots[blocks < 0] = -1
+        return slots
 
     def _pages(self, slots: Ints, first: Ints, num_pages: Ints, window: int) -> PageList:
         # the first query, at `first`, sees keys from first - window + 1 on; later ones see less of the past
@@ -92,9 +122,15 @@ class TableMirror:
         start = np.zeros(len(slots) + 1, dtype=np.int32)
         np.cumsum(counts, out=start[1:])
         index = np.arange(start[-1], dtype=np.int32) + np.repeat(first_page - start[:-1], counts)
+        blocks = self.tables[np.repeat(slots, counts), index]
+        if self.group is not None:
+            here = blocks >= 0
+            before = np.zeros(len(here) + 1, dtype=np.int32)  # [i]: how many of the first i are here
+            np.cumsum(here, out=before[1:])
+            start, blocks, index = before[start], blocks[here], index[here]
         return PageList(
             start=torch.from_numpy(start),
-            block=torch.from_numpy(self.tables[np.repeat(slots, counts), index]),
+            block=torch.from_numpy(blocks),
             position=torch.from_numpy(index * np.int32(self.block_size)),
         )
 

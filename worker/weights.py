@@ -1,9 +1,11 @@
 """The weights of a model folder: safetensors, single or sharded, checked to the byte and then mapped.
 
 A tensor in its own dtype is a view of the file's pages: no second copy is ever made, and several processes on one
-machine share one. Only a change of dtype copies, tensor by tensor. Other formats (.bin, .pt, .gguf, ...) are refused;
-nothing is unpickled. Headers are checked before anything is mapped, with bounded memory, because the file may come
-from anywhere. Format: https://github.com/huggingface/safetensors#format
+machine share one. Only a change of dtype copies, tensor by tensor. A rank of several takes slices: of rows, only they
+are read; of columns, what lies between passes through the page cache too (a row is shorter than what a disk reads
+ahead) but is never held. Other formats (.bin, .pt, .gguf, ...) are refused; nothing is unpickled. Headers are checked
+before anything is mapped, with bounded memory, because the file may come from anywhere.
+Format: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 
 from pagetable.errors import ModelError, shown
 from worker.fields import parse_json, read_object
+from worker.layout import Slice
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -108,29 +111,48 @@ class Weights:
         for mapped in self._maps.values():
             mapped.madvise(mmap.MADV_DONTNEED)
 
-    def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor in `dtype`: a read-only view of the mapped file where it is stored so, else a converted copy.
+    def tensor(
+        self, name: str, dtype: torch.dtype, rows: range | None = None, columns: range | None = None
+    ) -> torch.Tensor:
+        """A tensor or a slice of it in `dtype`, read-only; nothing outside its rows is read or converted.
 
-        Errors: ModelError where the stored dtype is no float of 16 or 32 bits.
+        Args:
+            rows, columns: of the first two dimensions, of step 1; None is all.
+
+        Returns:
+            A view of the mapped file where it is stored in `dtype` (with the file's stride between rows), else a copy.
+
+        Errors: ModelError where the stored dtype is no float of 16 or 32 bits; ValueError for a slice out of range.
         """
         path, entry = self._files[name]
         stored = _DTYPES.get(entry.dtype)
         if stored is None:
             raise ModelError(f"{path.name}: {name}: got dtype {entry.dtype}, must be one of {', '.join(_DTYPES)}")
-        size = math.prod(entry.shape)
-        if size == 0:
-            return torch.empty(entry.shape, dtype=dtype)
-        mapped = self._map(path)
-        _populate(mapped, entry)
+        shape = list(entry.shape)
+        begin = entry.begin
+        if rows is not None:
+            _check_slice(name, entry.shape, 0, rows)
+            begin += rows.start * math.prod(shape[1:]) * stored.itemsize
+            shape[0] = len(rows)
+        if columns is not None:
+            _check_slice(name, entry.shape, 1, columns)
+        if math.prod(shape) == 0:
+            found = torch.empty(shape, dtype=dtype)
+        else:
+            found = self._view(self._map(path), stored, begin, math.prod(shape)).view(shape)
+        return (found if columns is None else found[:, columns.start : columns.stop]).to(dtype)
+
+    @staticmethod
+    def _view(mapped: mmap.mmap, dtype: torch.dtype, begin: int, count: int) -> torch.Tensor:
+        end = begin + count * dtype.itemsize
+        _populate(mapped, begin, end)
         with warnings.catch_warnings():
             # torch warns that the buffer is read-only; nothing here writes to weights
             warnings.simplefilter("ignore", UserWarning)
-            if entry.begin % stored.itemsize:
+            if begin % dtype.itemsize:
                 # only a hand-made file does this; kernels need aligned elements
-                view = torch.frombuffer(bytearray(mapped[entry.begin : entry.end]), dtype=stored)
-            else:
-                view = torch.frombuffer(mapped, dtype=stored, count=size, offset=entry.begin)
-        return view.view(entry.shape).to(dtype)
+                return torch.frombuffer(bytearray(mapped[begin:end]), dtype=dtype)
+            return torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin)
 
     def _map(self, path: Path) -> mmap.mmap:
         if path not in self._maps:
@@ -143,7 +165,7 @@ class Weights:
 
 
 class TensorReader:
-    """A model's tensors one by one, in one dtype, with progress."""
+    """A model's tensors one by one, or a rank's slices of them, in one dtype, with progress."""
 
     def __init__(
         self,
@@ -152,24 +174,40 @@ class TensorReader:
         dtype: torch.dtype,
         harmless: frozenset[str] = frozenset(),
         progress: Progress | None = None,
+        slices: Mapping[str, Slice] | None = None,
     ) -> None:
-        """Check that exactly `shapes` are there before anything is read. See `Weights.check` for errors."""
+        """Check that exactly `shapes` are there before anything is read. See `Weights.check` for errors.
+
+        Args:
+            slices: what is taken of which of them; None is all of all.
+        """
         weights.check(shapes, harmless)
-        self._weights, self._shapes, self._dtype, self._progress = weights, shapes, dtype, progress
-        self._total = sum(weights.num_bytes(name) for name in shapes)
+        self._weights, self._dtype, self._progress = weights, dtype, progress
+        self._slices = dict.fromkeys(shapes, Slice()) if slices is None else slices
+        self._total = sum(map(self._num_bytes, self._slices))
         self._done = 0
 
     def take(self, name: str) -> torch.Tensor:
-        """One of the tensors, each once. See `Weights.tensor`."""
-        tensor = self._weights.tensor(name, self._dtype)
-        self._done += self._weights.num_bytes(name)
+        """The slice of one of the tensors, each once. See `Weights.tensor`."""
+        cut = self._slices[name]
+        tensor = self._weights.tensor(name, self._dtype, cut.rows, cut.columns)
+        self._done += self._num_bytes(name)
         if self._progress is not None:
             self._progress(self._done, self._total)
         return tensor
 
     def take_if_any(self, name: str) -> torch.Tensor | None:
-        """The same for a tensor that not every architecture has."""
-        return self.take(name) if name in self._shapes else None
+        """The same for a tensor that not every architecture or rank has."""
+        return self.take(name) if name in self._slices else None
+
+    def _num_bytes(self, name: str) -> int:
+        """Of the slice, as stored."""
+        cut, shape = self._slices[name], self._weights.shape(name)
+        found = self._weights.num_bytes(name)
+        for size, part in zip(shape, (cut.rows, cut.columns), strict=False):
+            if part is not None:
+                found = found * len(part) // max(size, 1)
+        return found
 
 
 def open_weights(folder: str | Path) -> Weights:
@@ -310,10 +348,17 @@ def _plain_name(file: object) -> bool:
     )
 
 
-def _populate(mapped: mmap.mmap, entry: TensorEntry) -> None:
-    """Ask for the tensor's pages now, so that loading shows its progress and the first step does not wait for disk."""
-    begin = entry.begin - entry.begin % mmap.PAGESIZE
+def _check_slice(name: str, shape: tuple[int, ...], dimension: int, part: range) -> None:
+    size = shape[dimension] if dimension < len(shape) else 0
+    if part.step != 1 or not 0 <= part.start <= part.stop <= size:
+        kind = ("rows", "columns")[dimension]
+        raise ValueError(f"{name}: {kind}: got {part}, must be a run within the {size} of shape {list(shape)}")
+
+
+def _populate(mapped: mmap.mmap, begin: int, end: int) -> None:
+    """Ask for pages now, so that loading shows its progress and the first step does not wait for disk."""
+    begin -= begin % mmap.PAGESIZE
     try:
-        mapped.madvise(_MADV_POPULATE_READ, begin, entry.end - begin)
+        mapped.madvise(_MADV_POPULATE_READ, begin, end - begin)
     except OSError:
-        mapped.madvise(mmap.MADV_WILLNEED, begin, entry.end - begin)
+        mapped.madvise(mmap.MADV_WILLNEED, begin, end - begin)

@@ -98,7 +98,7 @@ def test_tokens_equal_transformers_in_a_pool_too_small_for_the_batch(model: Path
     check_all(model, outputs)
     scheduler.pool.flush()
     scheduler.check()
-    assert scheduler.pool.num_available == scheduler.pool.columns[0].num_free == 185
+    assert scheduler.pool.num_available == scheduler.pool.num_free == 185
 
 
 def test_sharing_off_changes_no_token(model: Path) -> None:
@@ -274,7 +274,7 @@ def test_a_failing_step_ends_its_requests_and_no_others(small: Path, monkeypatch
     canary = (
         llm.generate([prompt], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))[0].outputs[0].token_ids
     )
-    run = llm.loop.runner.run
+    run = llm.loop.pipe.runner.run
     calls = iter([False, True])
 
     def fail(plan: Any) -> Any:
@@ -282,7 +282,7 @@ def test_a_failing_step_ends_its_requests_and_no_others(small: Path, monkeypatch
             raise MemoryError("planted")
         return run(plan)
 
-    monkeypatch.setattr(llm.loop.runner, "run", fail)
+    monkeypatch.setattr(llm.loop.pipe.runner, "run", fail)
     results = llm.generate_raw([{"prompt_token_ids": drawn(11, 20), "max_tokens": 8}] * 3)
     for result in results:
         assert isinstance(result, RequestOutput)

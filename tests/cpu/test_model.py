@@ -80,7 +80,8 @@ class Rig:
             for index in range(have, need):
                 plan.table_slot.append(slot)
                 plan.table_index.append(index)
-                plan.table_block.append(self.free.pop())
+                plan.table_group.append(0)
+                plan.table_blocks[0].append(self.free.pop())
             self.number_of_blocks[slot] = max(have, need)
             plan.slots.append(slot)
             plan.first_position.append(first)
@@ -258,7 +259,7 @@ class TestTableMirror:
         plan.slots, plan.first_position = array("i", (2, 0)), array("i", (9, 3))
         plan.query_start, plan.tokens = array("i", (0, 1, 6)), array("i", (50, 60, 61, 62, 63, 64))
         plan.table_slot, plan.table_index = array("i", (2, 2, 2, 0, 0)), array("i", (0, 1, 2, 0, 1))
-        plan.table_block = array("i", (7, 3, 8, 1, 4))
+        plan.table_group, plan.table_blocks = array("i", [0] * 5), [array("i", (7, 3, 8, 1, 4))]
         mirror.apply(plan)
         return mirror, plan
 
@@ -284,11 +285,11 @@ class TestTableMirror:
         ("change", "named"),
         [
             (
-                {"table_slot": (3,), "table_index": (0,), "table_block": (1,)},
+                {"table_slot": (3,), "table_index": (0,), "table_blocks": (1,)},
                 "table_slot: got 3 to 3, must be .* 0 to 2",
             ),
-            ({"table_slot": (-1,), "table_index": (0,), "table_block": (1,)}, "table_slot: got -1"),
-            ({"table_slot": (0,), "table_index": (3,), "table_block": (1,)}, "table_index: got 3"),
+            ({"table_slot": (-1,), "table_index": (0,), "table_blocks": (1,)}, "table_slot: got -1"),
+            ({"table_slot": (0,), "table_index": (3,), "table_blocks": (1,)}, "table_index: got 3"),
         ],
     )
     def test_a_change_out_of_range_changes_nothing(self, change: dict[str, tuple[int, ...]], named: str) -> None:
@@ -296,7 +297,7 @@ class TestTableMirror:
         before = mirror.tables.copy()
         plan = Plan(PlanNumber(2))
         for name, values in change.items():
-            setattr(plan, name, array("i", values))
+            setattr(plan, name, [array("i", values)] if name == "table_blocks" else array("i", values))
         with pytest.raises(InvariantBroken, match=named):
             mirror.apply(plan)
         assert (mirror.tables == before).all()
@@ -358,8 +359,10 @@ class TestRunner:
         plan.slots, plan.first_position = array("i", (0, 1)), array("i", (101, 101))
         plan.query_start, plan.tokens = array("i", (0, 1, 2)), array("i", (5, 9))
         plan.table_slot, plan.table_index = array("i", [1] * 7), array("i", range(7))
-        plan.table_block = array("i", [*table[:6].tolist(), rig.free.pop()])
-        plan.copy_source, plan.copy_target = array("i", (int(table[6]),)), plan.table_block[6:]
+        plan.table_group = array("i", [0] * 7)
+        plan.table_blocks = [array("i", [*table[:6].tolist(), rig.free.pop()])]
+        plan.copy_group, plan.copy_sources = array("i", (0,)), [array("i", (int(table[6]),))]
+        plan.copy_targets = [plan.table_blocks[0][6:]]
         plan.admits = [admit(1, [*prompt, 9], logprobs=1)]
         plan.sample_row, plan.sample_slot = array("i", (0, 1)), array("i", (0, 1))
         plan.sample_position = array("i", (102, 102))
@@ -387,7 +390,7 @@ class TestRunner:
     def test_an_empty_plan_is_carried_out(self, tmp_path: Path) -> None:
         rig, runner = self.make(make_model(tmp_path))
         plan = rig.plan([])
-        plan.table_slot, plan.table_index, plan.table_block = array("i", (3,)), array("i", (1,)), array("i", (2,))
+        plan.table_slot, plan.table_index, plan.table_blocks = array("i", (3,)), array("i", (1,)), [array("i", (2,))]
         result = runner.run(plan)
         assert (list(result.tokens), result.scores, result.failed) == ([], [], {})
         assert rig.tables.tables[3, 1] == 2
@@ -460,27 +463,3 @@ def test_deterministic_rows_are_cut_at_fixed_positions(tmp_path: Path) -> None:
 
     whole = run(2000, 2)
     assert torch.equal(run(700, 1), whole)
-
-
-@pytest.mark.skipif(not cpu.levels(), reason="the native kernels are not built")
-@torch.inference_mode()
-def test_a_ranks_sums_pass_through_its_all_reduce(tmp_path: Path) -> None:
-    """Two ranks of halved sums that are added up again are the whole; the hook sees both sums of each layer."""
-    folder = make_model(tmp_path, seed=9, num_hidden_layers=3)
-    tokens = prompts()[5]
-    rigs = [Rig.make(folder, kind=cpu.levels()[-1]) for _ in range(2)]
-    seen: list[int] = []
-
-    def reduce(part: torch.Tensor) -> None:
-        seen.append(len(part))
-        half = part * 0.5
-        part.copy_(half + half)
-
-    found = []
-    for rig, hook in zip(rigs, (None, reduce), strict=True):
-        assert isinstance(rig.model, NativeModel)
-        plan = rig.plan([(0, 0, tokens)])
-        rig.tables.apply(plan)
-        found.append(rig.model.forward(rig.tables.batch(plan, rig.model.windows), rig.cache, hook))
-    assert seen == [len(tokens) * 64] * 6
-    assert torch.equal(found[0], found[1])

@@ -1,7 +1,8 @@
 """The laws of BlockTable: which pages a sequence has, when the last one is copied, and that no content ever changes.
 
-At the end a state machine plays several tables over one pool of two columns against plain lists: what is read back
-through a table is always what its sequence wrote, however pages were shared, copied, sealed, swapped or evicted.
+At the end a state machine plays several tables over one pool of two columns and up to three groups against plain
+lists: what is read back through a table is always what its sequence wrote, however pages were shared, copied, sealed,
+swapped or evicted.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LAWS = settings(deadline=None, derandomize=True, max_examples=150)
 
 
 def pool_of(num_blocks: int) -> PagePool:
-    return PagePool([BlockAllocator(DeviceId(0), num_blocks), BlockAllocator(DeviceId(1), num_blocks + 5)])
+    return PagePool([[BlockAllocator(DeviceId(0), num_blocks)], [BlockAllocator(DeviceId(1), num_blocks + 5)]])
 
 
 def table_of(pool: PagePool, num_tokens: int) -> BlockTable:
@@ -52,8 +53,9 @@ def seal(table: BlockTable, pages: int, name: str = "") -> None:
 def snapshot(*tables: BlockTable) -> list[Any]:
     pool = tables[0].pool
     own = {name: value for name, value in vars(pool).items() if name not in ("columns", "tree", "order")}
-    books = [own, vars(pool.tree), list(pool.order), *map(vars, pool.columns)]
-    return copy.deepcopy([books, [(table.num_tokens, list(table.pages)) for table in tables]])
+    allocators = [vars(allocator) for column in pool.columns for allocator in column]
+    books = [own, vars(pool.tree), list(pool.order), allocators]
+    return copy.deepcopy([books, [(table.num_tokens, list(table.pages), table.held[:]) for table in tables]])
 
 
 def check(*tables: BlockTable) -> None:
@@ -340,9 +342,9 @@ def test_missing_is_exactly_what_append_allocates(steps: list[tuple[int, bool, i
     table = BlockTable(pool, block_size)
     forks: list[BlockTable] = []
     for count, forked, cut, sealed in steps:
-        missing, before = table.missing(count), pool.columns[0].num_allocations
+        missing, before = table.missing(count), pool.columns[0][0].num_allocations
         table.append(count, PLAN)
-        assert pool.columns[0].num_allocations - before == missing
+        assert pool.columns[0][0].num_allocations - before == missing
         full = table.num_tokens // block_size
         if sealed and full and pool.writable(Page(table.pages[full - 1])):
             parent = Page(table.pages[full - 2]) if full > 1 else NO_PAGE
@@ -385,9 +387,19 @@ MOST = 6  # tables at a time
 class TableMachine(RuleBasedStateMachine):
     """Each append is a plan of its own, in flight until a `retire`; a block is scribbled over when it is handed out."""
 
-    @initialize(sizes=st.sampled_from([(24, 17), (11, 16), (6, 6), (40, 48)]), size=st.sampled_from([4, 1, 2, 3]))
-    def begin(self, sizes: tuple[int, int], size: int) -> None:
-        self.pool = PagePool([BlockAllocator(DeviceId(c), blocks) for c, blocks in enumerate(sizes)])
+    @initialize(
+        sizes=st.sampled_from(
+            [((24,), (17,)), ((11,), (16,)), ((6,), (6,)), ((40,), (48,)), ((9, 8), (7, 8)), ((3, 12), (5, 9))]
+            + [((12, 12, 12), (16, 14, 12)), ((3, 2, 2), (2, 2, 4))]
+        ),
+        size=st.sampled_from([4, 1, 2, 3]),
+    )
+    def begin(self, sizes: tuple[tuple[int, ...], ...], size: int) -> None:
+        columns = [
+            [BlockAllocator(DeviceId(c * len(groups) + g), blocks) for g, blocks in enumerate(groups)]
+            for c, groups in enumerate(sizes)
+        ]
+        self.pool = PagePool(columns)
         self.size = size
         self.texts = [Text(BlockTable(self.pool, size))]
         self.history: list[list[int]] = []  # tokens of tables that are freed
@@ -438,19 +450,21 @@ class TableMachine(RuleBasedStateMachine):
 
     def append(self, text: Text, tokens: list[int]) -> None:
         table, missing, old = text.table, text.table.missing(len(tokens)), list(text.table)
-        if missing > self.pool.num_available:
+        if missing > self.pool.num_available or table.is_stuck():
             refused(OutOfBlocks, lambda: table.append(len(tokens), self.plan), table)
             return
-        allocations = self.pool.columns[0].num_allocations
+        allocations = sum(allocator.num_allocations for allocator in self.pool.columns[0])
         copied = table.append(len(tokens), self.plan)
         fresh = [page for page in table if page not in old]
-        assert len(fresh) == missing == self.pool.columns[0].num_allocations - allocations
+        allocations = sum(allocator.num_allocations for allocator in self.pool.columns[0]) - allocations
+        assert len(fresh) == missing == allocations
         named = {place for page in table for place in self.places(page)}
         for place in (place for page in fresh for place in self.places(page)):
             assert not any(place in busy for _, busy in self.in_flight.values()), "a plan in flight names the block"
             self.store[place] = [-self.plan] * self.size
         if copied is not None:
             assert copied == (old[-1], fresh[0]) and len(text.tokens) % self.size
+            assert self.pool.group(copied[0]) == self.pool.group(copied[1])
             for source, target in zip(self.places(copied[0]), self.places(copied[1]), strict=True):
                 self.store[target] = self.store[source][:]
                 named.add(source)
@@ -562,9 +576,9 @@ class TableMachine(RuleBasedStateMachine):
         self.pool.flush()
         self.pool.check([])
         assert (len(self.pool.tree), self.pool.num_used, self.pool.num_available) == (0, 0, self.pool.num_pages)
-        for column in self.pool.columns:
-            assert column.counts == [column.num_blocks, 0, 0, 0, 0, 0]
-            assert column.num_allocations == column.num_frees
+        for allocator in (allocator for column in self.pool.columns for allocator in column):
+            assert allocator.counts == [allocator.num_blocks, 0, 0, 0, 0, 0]
+            assert allocator.num_allocations == allocator.num_frees
 
 
 TableMachine.TestCase.settings = settings(deadline=None, derandomize=True, max_examples=150, stateful_step_count=50)

@@ -15,7 +15,7 @@ from launch.cli import build_parser, main
 from launch.config import DEFAULTS, SETTINGS, EngineConfig, parse_size, show_size
 from launch.flags import Effective, effective, flag_of
 from launch.machine import available_cores, available_memory
-from pagetable.errors import ConfigError, NotSupported
+from pagetable.errors import ConfigError
 
 
 def read(*argv: str, env: Mapping[str, str] | None = None) -> Effective:
@@ -53,6 +53,7 @@ def test_defaults_are_the_ones_that_the_documents_name() -> None:
         "threads": None,
         "tensor_parallel_size": 1,
         "pipeline_parallel_size": 1,
+        "page_parallel_size": 1,
         "data_parallel_size": 1,
     }
     assert read("m") == Effective(config, {name: "argument" if name == "model" else "default" for name in SETTINGS})
@@ -111,16 +112,19 @@ def test_what_print_config_prints_is_a_file_that_says_the_same(
 
 
 @pytest.mark.parametrize(("short", "long"), [("-tp", "--tensor-parallel-size"), ("-pp", "--pipeline-parallel-size")])
-def test_parallel_sizes_have_their_short_flags_and_are_one(
+def test_parallel_sizes_have_their_short_flags(
     short: str, long: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert read("m", short, "1") == read("m", long, "1")
-    assert main(["generate", "m", short, "2"]) == 1
-    error = f"quire: error: {long}: got 2, must be 1; more than one rank is not built in this version\n"
-    assert capsys.readouterr() == ("", error)
-    with pytest.raises(NotSupported):
-        EngineConfig("m", **{long[2:].replace("-", "_"): 2})
+    assert getattr(read("m", short, "2").config, long[2:].replace("-", "_")) == 2
     assert refused(capsys, "m", short, "0") == f"{long}: got 0, must be a whole number from 1 to 1024"
+
+
+def test_groups_divide_the_ranks_that_they_are_made_of(capsys: pytest.CaptureFixture[str]) -> None:
+    both = ("--tensor-parallel-size", "4", "--page-parallel-size", "3")
+    assert refused(capsys, "m", *both).startswith("page_parallel_size: got 3, must divide tensor_parallel_size (4)")
+    layout = read("m", "-tp", "4", "-pp", "2", "--page-parallel-size", "2").config.layout
+    assert (layout.tensor, layout.pipeline, layout.page, layout.num_ranks) == (4, 2, 2, 8)
 
 
 def test_replicas_have_their_short_flag_and_are_for_serve(capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,7 +96,9 @@ class Desk:
     def tell(self, shard_id: int, **fields: Any) -> list[Action]:
         self.numbers[shard_id] += 1
         number = self.numbers[shard_id]
-        fields.setdefault("load", pb.Load(free_blocks=self.infos[shard_id].num_blocks))
+        load = fields.setdefault("load", pb.Load(free_blocks=self.infos[shard_id].num_blocks))
+        counts = {name: getattr(load, name) for name in ("free_blocks", "cached_blocks", "used_blocks")}
+        load.pools.add(device_id=shard_id, num_blocks=self.infos[shard_id].num_blocks, **counts)
         events = pb.Events(epoch=self.infos[shard_id].epoch, number=number, whole=number == 1, **fields)
         return self.on(ShardReported(self.links[shard_id], events))
 
@@ -597,6 +599,9 @@ def test_cluster_and_loads() -> None:
                 running=3,
                 steps=12,
                 busy_seconds=1.5,
+                pools=[
+                    cluster_pb2.Pool(device_id=1, num_blocks=100, free_blocks=90, cached_blocks=6, used_blocks=4),
+                ],
             )
         ]
     )
@@ -636,7 +641,7 @@ def test_config_is_checked(make: Any, text: str) -> None:
     assert str(caught.value) == text
 
 
-@pytest.mark.parametrize("name", ["answers", "claims", "messages", "policy", "scheduler", "view"])
+@pytest.mark.parametrize("name", ["answers", "claims", "digest_set", "messages", "policy", "scheduler", "view"])
 def test_the_core_reads_no_clock_draws_no_number_and_does_no_io(name: str) -> None:
     source = (ROOT / "cluster" / f"{name}.py").read_text(encoding="utf-8")
     found = {module.partition(".")[0] for module, _, _ in imports(ast.parse(source))}

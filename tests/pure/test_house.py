@@ -49,7 +49,19 @@ BANNED_ATTRIBUTES = {
     ("yaml", "load_all"),
 }
 
-PURE_WORKER = {"admission", "config", "sequence", "scheduler", "step", "plan", "model_config", "rope"}
+PURE_WORKER = {
+    "admission",
+    "config",
+    "layout",
+    "model_config",
+    "plan",
+    "rope",
+    "scheduler",
+    "sequence",
+    "split",
+    "stages",
+    "step",
+}
 IMPURE = {"time", "random", "os", "uuid", "threading", "asyncio", "socket", "numpy", "torch"}
 IMPURE_CALLS = {"open", "hash"}
 

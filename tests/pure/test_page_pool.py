@@ -22,17 +22,17 @@ NEVER = Page(7)  # a page that no test allocates
 
 
 def two_columns(first: int = 12, second: int = 20) -> PagePool:
-    return PagePool([BlockAllocator(DeviceId(4), first), BlockAllocator(DeviceId(9), second)])
+    return PagePool([[BlockAllocator(DeviceId(4), first)], [BlockAllocator(DeviceId(9), second)]])
 
 
 def snapshot(pool: PagePool) -> list[Any]:
     """All that the pool and its parts hold, by value."""
     own = {name: value for name, value in vars(pool).items() if name not in ("columns", "tree", "order")}
-    return copy.deepcopy([own, vars(pool.tree), list(pool.order), *map(vars, pool.columns)])
+    return copy.deepcopy([own, vars(pool.tree), list(pool.order), *(vars(allocator) for (allocator,) in pool.columns)])
 
 
 def states(pool: PagePool, page: Page) -> list[BlockState]:
-    return [column.state(pool.block(page, index)) for index, column in enumerate(pool.columns)]
+    return [column.state(pool.block(page, index)) for index, (column,) in enumerate(pool.columns)]
 
 
 def refused(pool: PagePool, error: type[Exception] | tuple[type[Exception], ...], call: Callable[[], object]) -> None:
@@ -48,7 +48,7 @@ def chain(pool: PagePool, names: str, shared: tuple[Page, ...] = ()) -> list[Pag
     for page in shared:
         pool.share(page)
     for name in names[len(shared) :]:
-        (page,) = pool.allocate(1, pages[-1] if pages else NO_PAGE)
+        (page,) = pool.allocate(1, pages)
         assert pool.seal(page, name.encode(), pages[-1] if pages else NO_PAGE) == page
         pool.publish(page)
         pages.append(page)
@@ -85,14 +85,14 @@ def test_a_page_is_in_the_same_state_with_the_same_users_in_every_column() -> No
     for call in (pool.publish, pool.share, pool.free):
         call(page)
         seen.append(states(pool, page))
-        assert [column.users(pool.ref(page, i)) for i, column in enumerate(pool.columns)] == [pool.users(page)] * 2
+        assert [column.users(pool.ref(page, i)) for i, (column,) in enumerate(pool.columns)] == [pool.users(page)] * 2
     pool.seal(page, b"r", NO_PAGE)
     pool.free(page)
     seen.append(states(pool, page))
     pool.flush()
     seen.append(states(pool, page))
     assert seen == [[RESERVED] * 2, [LIVE] * 2, [LIVE] * 2, [LIVE] * 2, [CACHED] * 2, [FREE] * 2]
-    assert [column.num_free for column in pool.columns] == [12, 20]
+    assert [column.num_free for (column,) in pool.columns] == [12, 20]
 
 
 def test_each_column_places_a_page_by_its_own_runs() -> None:
@@ -101,7 +101,7 @@ def test_each_column_places_a_page_by_its_own_runs() -> None:
     assert [pool.place(p, 0) for p in (first, second, third)] == [(4, 0), (4, 8), (4, 9)]
     assert [pool.place(p, 1) for p in (first, second, third)] == [(9, 0), (9, 8), (9, 16)]
     assert pool.place(third) == (4, 9)  # the first column, where none is named
-    behind = pool.allocate(2, near=first)
+    behind = pool.allocate(2, [first])
     assert behind == [3, 4]
     assert [[pool.block(p, column) for p in behind] for column in (0, 1)] == [[1, 2], [1, 2]]
 
@@ -165,9 +165,9 @@ def test_allocate_evicts_no_more_than_it_needs_and_in_exactly_that_order() -> No
 def test_the_smallest_column_decides_when_pages_are_evicted() -> None:
     pool = two_columns(20, 4)
     fork(pool)
-    assert [column.num_free for column in pool.columns] == [16, 0]
+    assert [column.num_free for (column,) in pool.columns] == [16, 0]
     pool.allocate()
-    assert (pool.num_evictions, [column.num_free for column in pool.columns]) == (1, [16, 0])
+    assert (pool.num_evictions, [column.num_free for (column,) in pool.columns]) == (1, [16, 0])
 
 
 @pytest.mark.parametrize("used", [0, 3])
@@ -197,7 +197,7 @@ def test_flush_evicts_all_that_is_cached_and_not_pinned() -> None:
     pool.unpin(b)
     assert (pool.flush(), pool.flush(), len(pool.tree), pool.num_evictions) == (3, 0, 0, 4)
     pool.check([used])
-    assert [column.num_free for column in pool.columns] == [11, 19]
+    assert [column.num_free for (column,) in pool.columns] == [11, 19]
     assert c not in pool.tree
 
 
@@ -415,7 +415,7 @@ def test_a_refused_drop_is_not_logged() -> None:
 def test_a_page_given_up_comes_to_rest_with_its_last_plan() -> None:
     pool = two_columns()
     table = chain(pool, "rA")
-    (tail,) = pool.allocate(1, table[-1])
+    (tail,) = pool.allocate(1, table)
     give_up(pool, [*table, tail], after=2)
     pool.retire(PlanNumber(1))
     assert (states(pool, tail), list(pool.order), pool.num_available) == ([RESERVED] * 2, [], 9)
@@ -494,7 +494,7 @@ def sample() -> PagePool:
     """Pages 0 (sealed), 1 (sealed) and 2 in one table, 0 and 3 in another; 4 cached; the rest free."""
     pool = two_columns()
     left = chain(pool, "rA")
-    left += pool.allocate(1, left[-1])
+    left += pool.allocate(1, left)
     pool.share(left[0])
     right = pool.allocate()
     give_up(pool, chain(pool, "x"))
@@ -503,15 +503,15 @@ def sample() -> PagePool:
 
 
 def move_to_live(pool: PagePool, column: int, page: int) -> None:
-    pool.columns[column].publish(pool.ref(Page(page), column))
+    pool.columns[column][0].publish(pool.ref(Page(page), column))
 
 
 def one_more_user(pool: PagePool) -> None:
-    pool.columns[1].share(pool.ref(Page(2), 1))
+    pool.columns[1][0].share(pool.ref(Page(2), 1))
 
 
 def forget_a_column(pool: PagePool) -> None:
-    pool.columns[1].free(pool.ref(Page(2), 1))
+    pool.columns[1][0].free(pool.ref(Page(2), 1))
 
 
 def cut_the_tree(pool: PagePool) -> None:
@@ -519,7 +519,7 @@ def cut_the_tree(pool: PagePool) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[PagePool], object], str]] = {
-    "a column's books": (lambda pool: pool.columns[1].counts.__setitem__(LIVE, 9), "device 9: counts differ"),
+    "a column's books": (lambda pool: pool.columns[1][0].counts.__setitem__(LIVE, 9), "device 9: counts differ"),
     "the tree": (lambda pool: pool.tree._children.clear(), "prefix tree: child counts"),
     "the order": (lambda pool: pool.order._pages.update({Page(0): None, Page(1): None}), "stands before its child"),
     "a sealed page listed as not allocated": (
@@ -529,11 +529,11 @@ DAMAGE: dict[str, tuple[Callable[[PagePool], object], str]] = {
     "a page with one more user in one column": (one_more_user, "page 2: 2 users in the books, 1 tables"),
     "a page in two states": (lambda pool: move_to_live(pool, 1, 2), "page 2 is in different states"),
     "a block that names no page": (
-        lambda pool: pool._owner.__setitem__(pool.block(Page(3)), -1),
+        lambda pool: pool._owner[0].__setitem__(pool.block(Page(3)), -1),
         "page 3: its block names page -1",
     ),
     "a block that names another page": (
-        lambda pool: pool._owner.__setitem__(pool.block(Page(3)), 2),
+        lambda pool: pool._owner[0].__setitem__(pool.block(Page(3)), 2),
         "its block names page 2",
     ),
     "a cached page that is never evicted": (
@@ -552,8 +552,8 @@ DAMAGE: dict[str, tuple[Callable[[PagePool], object], str]] = {
     "a free page that is not listed": (lambda pool: pool._unused.pop(), "page 5"),
     "a page listed twice as not allocated": (lambda pool: pool._unused.append(pool._unused[-1]), "twice"),
     "a cached page that nobody finds": (cut_the_tree, "page 4"),
-    "a sealed page that is not kept": (lambda pool: pool.columns[0].keep(pool.ref(Page(1)), False), "page 1"),
-    "a kept page that is not sealed": (lambda pool: pool.columns[0].keep(pool.ref(Page(2)), True), "page 2"),
+    "a sealed page that is not kept": (lambda pool: pool.columns[0][0].keep(pool.ref(Page(1)), False), "page 1"),
+    "a kept page that is not sealed": (lambda pool: pool.columns[0][0].keep(pool.ref(Page(2)), True), "page 2"),
 }
 
 

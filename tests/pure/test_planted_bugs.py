@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from hashlib import sha256
 from itertools import islice
 
@@ -85,9 +85,8 @@ def no_copy_on_write(patch: Patch) -> None:
 def copies_in_the_books_only(patch: Patch) -> None:
     send = Step._send
 
-    def forget(self: Step, sequence: Sequence, index: int) -> None:
-        if index >= sequence.num_sent:
-            send(self, sequence, index)
+    def forget(self: Step, sequence: Sequence, indices: Iterable[int]) -> None:
+        send(self, sequence, [index for index in indices if index >= sequence.num_sent])
 
     patch.setattr(Step, "_send", forget)
 
@@ -131,6 +130,7 @@ def shared_without_counting(patch: Patch) -> None:
         child = BlockTable(self.pool, self.block_size)
         child.num_tokens = num_tokens
         child.pages = self.pages[: -(-num_tokens // self.block_size)]
+        child._count(child.pages)
         return child
 
     patch.setattr(BlockTable, "fork", uncounted)
@@ -207,6 +207,59 @@ def parent_lost_at_eviction(patch: Patch) -> None:
         "add",
         lambda self, page: (self._pages.update({page: None}), self._pages.move_to_end(page, last=False))[0],
     )
+
+
+@bug
+def copied_into_another_group(patch: Patch) -> None:
+    choose = PagePool._spread
+    patch.setattr(
+        PagePool, "_spread", lambda self, count, behind, held, first_in: choose(self, count, behind, held, None)
+    )
+
+
+@bug
+def rests_in_the_order_of_groups(patch: Patch) -> None:
+    retire = PagePool.retire
+
+    def unordered(self: PagePool, plan: PlanNumber) -> None:
+        self._given_up = array("Q", bytes(8 * self.num_pages))
+        retire(self, plan)
+
+    patch.setattr(PagePool, "retire", unordered)
+
+
+@bug
+def one_group_for_all_entries(patch: Patch) -> None:
+    patch.setattr(PagePool, "groups", lambda self, pages: [0 for _ in pages])
+
+
+@bug
+def one_block_for_all_columns(patch: Patch) -> None:
+    blocks = PagePool.blocks
+    patch.setattr(PagePool, "blocks", lambda self, pages, column=0: blocks(self, pages))
+
+
+@bug
+def copied_in_the_first_column_only(patch: Patch) -> None:
+    copy = Step._copy
+
+    def once(self: Step, source: LogicalPageId, target: LogicalPageId) -> None:
+        copy(self, source, target)
+        for sources, targets in zip(self.plan.copy_sources[1:], self.plan.copy_targets[1:], strict=True):
+            sources[-1] = targets[-1]
+
+    patch.setattr(Step, "_copy", once)
+
+
+@bug
+def a_full_group_is_not_seen(patch: Patch) -> None:
+    patch.setattr(BlockTable, "is_stuck", lambda self: False)
+
+
+@bug
+def at_rest_with_the_plan_before(patch: Patch) -> None:
+    retire = PagePool.retire
+    patch.setattr(PagePool, "retire", lambda self, plan: retire(self, PlanNumber(plan + 1)))
 
 
 def run(seed: int, steps: int = 100) -> None:

@@ -23,7 +23,7 @@ class Shard:
 
     def __init__(self, num_blocks: int = 4096, **settings: Any) -> None:
         config = ShardConfig(num_blocks=num_blocks, **{"max_model_len": min(num_blocks * 16, 40000), **settings})
-        self.scheduler = ShardScheduler(config, PagePool([BlockAllocator(DeviceId(0), num_blocks)]))
+        self.scheduler = ShardScheduler(config, PagePool([[BlockAllocator(DeviceId(0), num_blocks)]]))
         self.first: dict[str, int] = {}
         self.last: dict[str, int] = {}
         self.steps = 0
@@ -192,7 +192,7 @@ def test_samples_share_the_prompt_and_copy_its_partial_page_but_once_less_than_t
     assert [output.sample_index for output in first] == [0, 1, 2, 3]
     assert shard.scheduler.pool.num_used == 3
     plan = shard.schedule()
-    assert len(plan.copy_source) == 3 and len(set(plan.copy_source)) == 1
+    assert len(plan.copy_sources[0]) == 3 and len(set(plan.copy_sources[0])) == 1
     shard.retire(plan)
     assert shard.scheduler.pool.num_used == 6
     tables = [list(s.table.pages) for s in shard.scheduler.running]
@@ -321,7 +321,7 @@ def test_a_fork_shares_all_but_the_partial_page() -> None:
     parent, child = shard.scheduler._find("r", 0), shard.scheduler._find("f", 0)
     assert child.tokens == parent.tokens and child.table.pages == parent.table.pages
     plan = shard.schedule()
-    assert len(plan.copy_source) == 1
+    assert len(plan.copy_sources[0]) == 1
     shard.retire(plan)
     assert child.table.pages[:2] == parent.table.pages[:2] and child.table.pages[2] != parent.table.pages[2]
     with pytest.raises(InvalidRequest, match="max_tokens"):
@@ -333,7 +333,7 @@ def test_a_fork_shares_all_but_the_partial_page() -> None:
 
 
 def test_plans_retire_in_order() -> None:
-    shard = Shard()
+    shard = Shard(num_stages=2)
     shard.add("a", [1] * 40)
     first = shard.schedule()
     shard.add("b", [2] * 40)
@@ -346,7 +346,7 @@ def test_plans_retire_in_order() -> None:
 
 def test_failed_plans_end_their_sequences_and_spoil_no_page() -> None:
     """Those in the plans end; one that only took over a page which never came computes it itself."""
-    shard = Shard(max_num_batched_tokens=36, max_num_seqs=4)
+    shard = Shard(max_num_batched_tokens=36, max_num_seqs=4, num_stages=2)
     prefix = list(range(64))
     shard.add("good", [9] * 20, max_tokens=20)
     shard.step()

@@ -1,4 +1,4 @@
-"""10,000 random steps over a pool too small for the load, every invariant after each; then the pool is empty."""
+"""Random steps over pools too small for the load, every invariant after each; then the pools are empty."""
 
 from __future__ import annotations
 
@@ -22,3 +22,21 @@ def test_every_token_is_right_and_no_page_is_lost(first: int) -> None:
         preemptions += simulation.scheduler.num_preemptions
         evictions += simulation.pool.num_evictions
     assert tokens > 1000 and preemptions > 0 and evictions > 100  # the load is what the test says it is
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_so_it_is_over_groups_and_stages(groups: int, depth: int) -> None:
+    tokens = preemptions = evictions = recomputed = 0
+    for seed in range(8):
+        simulation = Simulation(1000 * groups + 100 * depth + seed, depth, groups)
+        assert simulation.pool.num_groups == groups and simulation.num_stages in (depth - 1, depth)
+        for _ in range(STEPS):
+            simulation.step()
+        simulation.drain()
+        tokens += simulation.num_tokens
+        preemptions += simulation.scheduler.num_preemptions
+        evictions += simulation.pool.num_evictions
+        recomputed += simulation.scheduler.num_recomputed
+    assert tokens > 400 and preemptions > 0 and evictions > 50
+    assert groups == 1 or recomputed > 0, "no copy was without room in its group"

@@ -1,0 +1,317 @@
+"""How ranks divide a model: every tensor is dealt out once or copied as stated; refusals name what is possible."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pagetable.errors import ConfigError
+from worker.fields import Fields
+from worker.layout import MLP_UNIT, Layout, Slice
+from worker.model_config import ModelConfig
+from worker.split import split_evenly
+
+
+def model(**fields: Any) -> ModelConfig:
+    values = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 331,
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+    }
+    return ModelConfig.from_fields(Fields(values | fields, "config.json"), Fields({}, "generation_config.json"))
+
+
+def random_model(draw: random.Random) -> ModelConfig:
+    kv_heads = draw.choice([1, 2, 3, 4, 6, 8])
+    architecture = draw.choice(["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+    biases = {"attention_bias": draw.random() < 0.5, "mlp_bias": draw.random() < 0.5}
+    return model(
+        architectures=[architecture],
+        num_key_value_heads=kv_heads,
+        num_attention_heads=kv_heads * draw.choice([1, 2, 3, 4, 7]),
+        head_dim=draw.choice([2, 8, 32]),
+        intermediate_size=draw.randrange(17, 300),
+        vocab_size=draw.choice([draw.randrange(1, 40), draw.randrange(100, 900)]),
+        num_hidden_layers=draw.randrange(1, 9),
+        tie_word_embeddings=draw.random() < 0.5,
+        **(biases if architecture == "LlamaForCausalLM" else {}),
+    )
+
+
+def random_layout(draw: random.Random) -> Layout:
+    page = draw.choice([1, 1, 2, 3, 4])
+    return Layout(page * draw.choice([1, 2, 3, 4, 8]), draw.choice([1, 1, 2, 3, 4]), page)
+
+
+def possible(seed: int, count: int) -> list[tuple[ModelConfig, Layout]]:
+    """Random models with layouts that they can have; every third has several slices and several groups."""
+    draw = random.Random(seed)
+    found: list[tuple[ModelConfig, Layout]] = []
+    while len(found) < count:
+        config, layout = random_model(draw), random_layout(draw)
+        if layout.is_possible(config) and (len(found) % 3 or (layout.page > 1 and layout.num_slices > 1)):
+            found.append((config, layout))
+    return found
+
+
+def covered(cuts: list[dict[str, Slice]], config: ModelConfig, name: str, dimension: int) -> list[int]:
+    """How many ranks read each row (or column) of a tensor."""
+    counts = [0] * config.tensor_shapes()[name][dimension]
+    for cut in (each[name] for each in cuts if name in each):
+        for i in (cut.rows, cut.columns)[dimension] or range(len(counts)):
+            counts[i] += 1
+    return counts
+
+
+class TestParts:
+    @pytest.mark.parametrize("seed", range(4))
+    def test_every_tensor_is_dealt_out_once_or_copied_as_stated(self, seed: int) -> None:
+        for config, layout in possible(seed, 30):
+            cuts = [part.tensors(config) for part in layout.parts(config)]
+            copies = layout.page * max(1, layout.num_slices // config.num_kv_heads)
+            tied = config.tie_word_embeddings
+            for name, shape in config.tensor_shapes().items():
+                columns = set(covered(cuts, config, name, 1)) if len(shape) > 1 else None
+                rows = covered(cuts, config, name, 0)
+                linear, kind = name.split(".")[-2:]
+                if linear in ("k_proj", "v_proj"):
+                    assert set(rows) == {copies}
+                elif linear in ("q_proj", "gate_proj", "up_proj", "lm_head"):
+                    assert set(rows) == {1}
+                elif linear in ("o_proj", "down_proj"):
+                    assert (columns, kind) == ({1}, "weight") or (set(rows), kind) == ({1}, "bias")
+                elif linear == "embed_tokens":
+                    assert set(rows) == {layout.tensor + (tied and layout.pipeline > 1)}
+                else:
+                    assert set(rows) == {layout.tensor} and "norm" in linear
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_a_slice_attends_with_the_heads_of_its_keys(self, seed: int) -> None:
+        for config, layout in possible(10 + seed, 60):
+            parts = layout.parts(config)
+            group_size = config.num_heads // config.num_kv_heads
+            for part in parts:
+                peers = [parts[rank] for rank in part.slice_peers]
+                assert [head for peer in peers for head in peer.heads] == list(part.attended)
+                assert [peer.group for peer in peers] == list(range(layout.page))
+                assert {(peer.stage, peer.slice, peer.kv_heads) for peer in peers} == {
+                    (part.stage, part.slice, part.kv_heads)
+                }
+                # the kernels' own rule: query head i of the slice has key-value head i // (attended / kv)
+                share, rest = divmod(len(part.attended), len(part.kv_heads))
+                assert rest == 0
+                for local, head in enumerate(part.attended):
+                    assert part.kv_heads[local // share] == head // group_size
+
+    @pytest.mark.parametrize("seed", range(2))
+    def test_ranks_stages_groups_and_devices(self, seed: int) -> None:
+        for config, layout in possible(20 + seed, 60):
+            parts = layout.parts(config)
+            assert [part.rank for part in parts] == list(range(layout.num_ranks))
+            devices = {}
+            for part in parts:
+                t = part.slice * layout.page + part.group
+                assert (part.rank, part.tensor_rank) == (part.stage * layout.tensor + t, t)
+                assert part == layout.part(config, part.rank)
+                assert [parts[rank].stage for rank in part.tensor_peers] == [part.stage] * layout.tensor
+                assert part.is_first == (part.stage == 0) and part.is_last == (part.stage == layout.pipeline - 1)
+                devices.setdefault(part.device_id(100), set()).add((part.stage, part.group))
+            assert sorted(devices) == list(range(100, 100 + layout.pipeline * layout.page))
+            assert all(len(places) == 1 for places in devices.values())
+            firsts = parts[:: layout.tensor]
+            assert [layer for part in firsts for layer in part.layers] == list(range(config.num_layers))
+
+    def test_uneven_shares_differ_by_one_unit_and_none_is_empty(self) -> None:
+        parts = Layout(4).parts(model(intermediate_size=5 * MLP_UNIT + 3, vocab_size=331))
+        assert [part.mlp for part in parts] == [range(16), range(16, 48), range(48, 64), range(64, 83)]
+        assert [part.vocab for part in parts] == [range(64), range(64, 160), range(160, 256), range(256, 331)]
+        assert [len(part.vocab) for part in Layout(4).parts(model(vocab_size=7))] == [1, 2, 2, 2]
+        for config, layout in possible(31, 60):
+            for part in layout.parts(config):
+                assert part.heads and part.kv_heads and part.mlp and part.vocab and part.layers
+
+    def test_the_example_of_the_design(self) -> None:
+        parts = Layout(4, 1, 2).parts(model())
+        assert [(part.slice, part.group) for part in parts] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        assert [part.heads for part in parts] == [range(2), range(2, 4), range(4, 6), range(6, 8)]
+        assert [part.attended for part in parts] == [range(4)] * 2 + [range(4, 8)] * 2
+        assert [part.kv_heads for part in parts] == [range(1)] * 2 + [range(1, 2)] * 2
+
+    def test_key_value_heads_replicate_where_there_are_fewer_than_slices(self) -> None:
+        assert [part.kv_heads.start for part in Layout(8).parts(model())] == [0, 0, 0, 0, 1, 1, 1, 1]
+
+    def test_what_one_rank_of_a_whole_model_reads_is_everything(self) -> None:
+        config = model(attention_bias=True, mlp_bias=True)
+        cuts = Layout().part(config, 0).tensors(config)
+        assert list(cuts) == list(config.tensor_shapes())
+        for name, cut in cuts.items():
+            for size, part in zip(config.tensor_shapes()[name], (cut.rows, cut.columns), strict=False):
+                assert part in (None, range(size))
+
+    def test_a_tied_head_is_the_embedding_again_on_the_last_stage(self) -> None:
+        config = model(tie_word_embeddings=True)
+        first, last = Layout(1, 2).parts(config)
+        assert first.tensors(config)["model.embed_tokens.weight"] == Slice()
+        assert last.tensors(config)["model.embed_tokens.weight"] == Slice(range(331))
+
+    def test_a_rank_that_is_not_there(self) -> None:
+        with pytest.raises(ValueError, match="rank: got 4, must be from 0 to 3"):
+            Layout(2, 2).part(model(), 4)
+
+    def test_bytes_of_a_block(self) -> None:
+        part = Layout(4, 2, 2).part(model(), 5)
+        assert len(part.layers) == 2
+        assert part.block_bytes(16, 32) == 2 * 2 * 1 * 16 * 32
+        assert part.device_block_bytes(16, 32) == 2 * part.block_bytes(16, 32)
+
+
+class TestStages:
+    def test_the_head_counts_and_the_embedding_does_not(self) -> None:
+        config = model(num_hidden_layers=13, vocab_size=1)
+        even = [len(layers) for layers in Layout(1, 4).stages(config)]
+        assert (sum(even), max(even)) == (13, 4)
+        size = sum(
+            64 if len(shape) == 1 else shape[0] * shape[1]
+            for name, shape in config.tensor_shapes().items()
+            if name.startswith("model.layers.0.")
+        )
+        heavy = model(num_hidden_layers=13, vocab_size=3 * size // 64)
+        assert [len(layers) for layers in Layout(1, 4).stages(heavy)] == [4, 4, 4, 1]
+
+    def test_stages_do_not_depend_on_tensor_ranks(self) -> None:
+        config = model(num_hidden_layers=7, vocab_size=900)
+        assert Layout(1, 3).stages(config) == Layout(4, 3, 2).stages(config)
+
+    def test_the_largest_run_is_the_least_possible(self) -> None:
+        draw = random.Random(5)
+        for _ in range(2000):
+            costs = [draw.choice([1, 1, 5, draw.randrange(1, 40)]) for _ in range(draw.randrange(1, 10))]
+            parts = draw.randrange(1, len(costs) + 1)
+            runs = split_evenly(costs, parts)
+            assert [i for run in runs for i in run] == list(range(len(costs)))
+            assert len(runs) == parts and all(runs)
+            best = min(
+                max(sum(costs[a:b]) for a, b in zip((0, *cuts), (*cuts, len(costs)), strict=True))
+                for cuts in combinations(range(1, len(costs)), parts - 1)
+            )
+            assert max(sum(costs[i] for i in run) for run in runs) == best
+
+    def test_what_is_left_over_is_spread(self) -> None:
+        assert [len(run) for run in split_evenly([1] * 7, 3)] == [2, 3, 2]
+        with pytest.raises(ValueError, match="parts: got 3, must be from 1 to 2"):
+            split_evenly([1, 1], 3)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("sizes", "text"),
+        [
+            ((0, 1, 1), "tensor_parallel_size: got 0, must be from 1 to 4096"),
+            ((1, 5000, 1), "pipeline_parallel_size: got 5000, must be from 1 to 4096"),
+            ((6, 1, 4), "page_parallel_size: got 4, must divide tensor_parallel_size (6); possible: 1, 2, 3, 6"),
+        ],
+    )
+    def test_of_any_model(self, sizes: tuple[int, int, int], text: str) -> None:
+        with pytest.raises(ConfigError, match=f"^{re.escape(text)}$"):
+            Layout(*sizes)
+
+    @pytest.mark.parametrize(
+        ("fields", "sizes", "text"),
+        [
+            (
+                {},
+                (3, 1, 1),
+                "tensor_parallel_size: got 3, must divide the model's 8 query heads; "
+                "possible: 1, 2, 4, 8 with page_parallel_size 1",
+            ),
+            (
+                {"num_attention_heads": 12, "num_key_value_heads": 6},
+                (4, 1, 1),
+                "tensor_parallel_size: got 4, must make slices (tensor_parallel_size / page_parallel_size = 4) that "
+                "divide the model's 6 key-value heads or are a multiple of them; "
+                "possible: 1, 2, 3, 6, 12 with page_parallel_size 1; or page_parallel_size 2, 4 with "
+                "tensor_parallel_size 4",
+            ),
+            (
+                {"intermediate_size": 40},
+                (8, 1, 1),
+                "tensor_parallel_size: got 8, must be at most 3: the 40 rows of the MLP are dealt in units of 16; "
+                "possible: 1, 2 with page_parallel_size 1",
+            ),
+            (
+                {"vocab_size": 3},
+                (4, 1, 1),
+                "tensor_parallel_size: got 4, must be at most the vocabulary's 3 rows; "
+                "possible: 1, 2 with page_parallel_size 1",
+            ),
+            (
+                {},
+                (3, 1, 3),
+                "tensor_parallel_size: got 3, must divide the model's 8 query heads; "
+                "possible: 1, 2, 4, 8 with page_parallel_size 1",
+            ),
+            (
+                {},
+                (2, 5, 1),
+                "pipeline_parallel_size: got 5, must be at most the model's 4 layers; possible: 1 to 4",
+            ),
+        ],
+    )
+    def test_name_the_flag_the_reason_and_the_possible_values(
+        self, fields: dict[str, Any], sizes: tuple[int, int, int], text: str
+    ) -> None:
+        config = model(**fields)
+        with pytest.raises(ConfigError, match=f"^{re.escape(text)}$"):
+            Layout(*sizes).check(config)
+        with pytest.raises(ConfigError):
+            Layout(*sizes).parts(config)
+
+    def test_what_is_called_possible_is(self) -> None:
+        draw = random.Random(9)
+        refused = 0
+        while refused < 200:
+            config, layout = random_model(draw), random_layout(draw)
+            if layout.is_possible(config):
+                layout.check(config)
+                continue
+            refused += 1
+            with pytest.raises(ConfigError) as caught:
+                layout.check(config)
+            error = caught.value
+            if error.field == "pipeline_parallel_size":
+                assert error.cure == f"possible: 1 to {config.num_layers}"
+                continue
+            named = [
+                Layout(int(size), 1, int(page))
+                for sizes, page in re.findall(r"([\d, ]+) with page_parallel_size (\d+)", error.cure)
+                for size in sizes.split(",")
+            ] + [
+                Layout(int(size), 1, int(page))
+                for pages, size in re.findall(r"size ([\d, ]+) with tensor_parallel_size (\d+)", error.cure)
+                for page in pages.split(",")
+            ]
+            assert named and all(each.is_possible(config) for each in named)
+            # and nothing that is possible with this page size was left out
+            same_page = {each.tensor for each in named if each.page == layout.page}
+            sizes = range(layout.page, config.num_heads + 1, layout.page)
+            assert same_page >= {size for size in sizes if Layout(size, 1, layout.page).is_possible(config)}
+
+
+def test_the_arithmetic_needs_no_torch() -> None:
+    code = "import worker.layout, sys; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+    root = Path(__file__).resolve().parent.parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

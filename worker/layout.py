@@ -1,0 +1,328 @@
+"""How a shard's ranks divide a model: tensor ranks by heads and rows, stages by layers, groups by pages.
+
+Rank = stage * T + t, and t = slice * G + group. Query heads are dealt slice-major, so the G ranks of a slice together
+own the query heads of its key-value heads and hold equal copies of its K and V weights; pages lie in one group each:
+
+    T = 4, G = 2, 8 query heads, 2 key-value heads        group 0      group 1
+                                             slice 0   t=0: q 0,1   t=1: q 2,3    kv 0 on both
+                                             slice 1   t=2: q 4,5   t=3: q 6,7    kv 1 on both
+
+Arithmetic of shapes only: standard library, no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pagetable.errors import ConfigError
+from worker.model_config import ModelConfig
+from worker.split import split_evenly
+
+MAX_SIZE = 4096  # of each way: no model has more heads or layers
+MLP_UNIT = 16  # kHalfPanel in csrc/step.h: rows of gate and up, columns of down
+PANEL = 32  # kPanel in csrc/step.h: rows of a packed matrix
+_WORD_BYTES = 4  # of packed weights: a float, or two bfloat16
+_EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A rank's part of a tensor as stored: consecutive rows, consecutive columns; None is all of them."""
+
+    rows: range | None = None
+    columns: range | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How many ranks a shard has, and in which order.
+
+    Attributes:
+        tensor: ranks that share each layer's heads and rows (T).
+        pipeline: stages of consecutive layers (P).
+        page: groups over which pages are spread (G); divides `tensor`.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    page: int = 1
+
+    def __post_init__(self) -> None:
+        for field in ("tensor", "pipeline", "page"):
+            if not 1 <= getattr(self, field) <= MAX_SIZE:
+                raise ConfigError(f"{field}_parallel_size", getattr(self, field), f"be from 1 to {MAX_SIZE}")
+        if self.tensor % self.page:
+            raise ConfigError(
+                "page_parallel_size",
+                self.page,
+                f"divide tensor_parallel_size ({self.tensor})",
+                f"possible: {_listed(_divisors(self.tensor))}",
+            )
+
+    @property
+    def num_ranks(self) -> int:
+        return self.pipeline * self.tensor
+
+    @property
+    def num_slices(self) -> int:
+        """Of key-value heads: the T / G ranks of a group hold one each."""
+        return self.tensor // self.page
+
+    def is_possible(self, model: ModelConfig) -> bool:
+        """Whether `check` would pass."""
+        return self._fault(model) is None
+
+    def check(self, model: ModelConfig) -> None:
+        """ConfigError where the model can't be divided so; it names the flag, the reason and the possible values."""
+        fault = self._fault(model)
+        if fault is None:
+            return
+        field, limit = fault
+        if field == "pipeline_parallel_size":
+            raise ConfigError(field, self.pipeline, limit, f"possible: 1 to {model.num_layers}")
+        raise ConfigError(field, self.tensor, limit, self._tensor_cure(model))
+
+    def part(self, model: ModelConfig, rank: int) -> Part:
+        """What one rank holds. ConfigError as `check`; ValueError where there is no such rank."""
+        if not 0 <= rank < self.num_ranks:
+            raise ValueError(f"rank: got {rank}, must be from 0 to {self.num_ranks - 1}")
+        return self.parts(model)[rank]
+
+    def parts(self, model: ModelConfig) -> tuple[Part, ...]:
+        """What every rank holds, by rank. ConfigError as `check`."""
+        stages = self.stages(model)
+        vocab_unit = PANEL if model.vocab_size >= PANEL * self.tensor else 1  # whole panels where there are enough
+        return tuple(
+            Part(
+                layout=self,
+                rank=stage * self.tensor + t,
+                layers=layers,
+                heads=_share(model.num_heads, self.tensor, t),
+                attended=_share(model.num_heads, self.num_slices, t // self.page),
+                kv_heads=self._kv_heads(model.num_kv_heads, t // self.page),
+                mlp=_share(model.intermediate_size, self.tensor, t, MLP_UNIT),
+                vocab=_share(model.vocab_size, self.tensor, t, vocab_unit),
+            )
+            for stage, layers in enumerate(stages)
+            for t in range(self.tensor)
+        )
+
+    def stages(self, model: ModelConfig) -> tuple[range, ...]:
+        """The layers of each stage: the split whose largest stage reads the fewest weights in a step.
+
+        The head's weights count with the last layer; those of the embedding do not, since a step looks up a few rows.
+        """
+        self.check(model)
+        costs = [0] * model.num_layers
+        for name, shape in model.tensor_shapes().items():
+            if (layer := _layer_of(name)) is not None:
+                costs[layer] += math.prod(shape)
+        costs[-1] += model.vocab_size * model.hidden_size
+        return split_evenly(costs, self.pipeline)
+
+    def device_id(self, stage: int, group: int, first: int = 0) -> int:
+        """Of the pool that the ranks of one stage and group hold together; a shard's device ids begin at `first`."""
+        return first + stage * self.page + group
+
+    def _kv_heads(self, num_kv_heads: int, part: int) -> range:
+        if num_kv_heads % self.num_slices == 0:
+            return _share(num_kv_heads, self.num_slices, part)
+        head = part * num_kv_heads // self.num_slices  # fewer heads than slices: several hold the same one
+        return range(head, head + 1)
+
+    def _fault(self, model: ModelConfig) -> tuple[str, str] | None:
+        """The flag at fault and the end of "must ..."; None where all is well."""
+        heads, kv_heads, slices = model.num_heads, model.num_kv_heads, self.num_slices
+        units = -(-model.intermediate_size // MLP_UNIT)
+        if heads % self.tensor:
+            return "tensor_parallel_size", f"divide the model's {heads} query heads"
+        if kv_heads % slices and slices % kv_heads:
+            return "tensor_parallel_size", (
+                f"make slices (tensor_parallel_size / page_parallel_size = {slices}) "
+                f"that divide the model's {kv_heads} key-value heads or are a multiple of them"
+            )
+        if self.tensor > units:
+            return "tensor_parallel_size", (
+                f"be at most {units}: the {model.intermediate_size} rows of the MLP are dealt in units of {MLP_UNIT}"
+            )
+        if self.tensor > model.vocab_size:
+            return "tensor_parallel_size", f"be at most the vocabulary's {model.vocab_size} rows"
+        if self.pipeline > model.num_layers:
+            return "pipeline_parallel_size", f"be at most the model's {model.num_layers} layers"
+        return None
+
+    def _tensor_cure(self, model: ModelConfig) -> str:
+        """What `tensor` may be with this `page`, and `page` with this `tensor`."""
+
+        def sizes(page: int) -> list[int]:
+            found = [size for size in _divisors(model.num_heads) if size % page == 0]
+            return [size for size in found if Layout(size, 1, page).is_possible(model)]
+
+        def with_page(page: int) -> str:
+            return f"{_listed(sizes(page))} with page_parallel_size {page}"
+
+        pages = [page for page in _divisors(self.tensor) if Layout(self.tensor, 1, page).is_possible(model)]
+        cures = [with_page(self.page)] if sizes(self.page) else []
+        if pages:
+            cures.append(f"page_parallel_size {_listed(pages)} with tensor_parallel_size {self.tensor}")
+        return f"possible: {'; or '.join(cures or [with_page(1)])}"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One rank's share of a model.
+
+    Attributes:
+        layers: those of its stage, numbered in the whole model.
+        heads: query heads whose projections it owns.
+        attended: query heads of its slice: those of `slice_peers` in their order.
+        kv_heads: of its slice; every rank of `slice_peers` has the same.
+        mlp: rows of gate and up, columns of down.
+        vocab: rows of the head; of use on the last stage.
+    """
+
+    layout: Layout
+    rank: int
+    layers: range
+    heads: range
+    attended: range
+    kv_heads: range
+    mlp: range
+    vocab: range
+
+    @property
+    def stage(self) -> int:
+        return self.rank // self.layout.tensor
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.layout.tensor
+
+    @property
+    def slice(self) -> int:
+        return self.tensor_rank // self.layout.page
+
+    @property
+    def group(self) -> int:
+        return self.tensor_rank % self.layout.page
+
+    @property
+    def is_first(self) -> bool:
+        """Whether its stage has the embedding."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether its stage has the last norm and the head."""
+        return self.stage == self.layout.pipeline - 1
+
+    @property
+    def tensor_peers(self) -> range:
+        """The ranks of its stage, which add up partial sums."""
+        first = self.stage * self.layout.tensor
+        return range(first, first + self.layout.tensor)
+
+    @property
+    def slice_peers(self) -> range:
+        """The ranks of its slice, by group, which exchange queries and merge partial attention."""
+        first = self.rank - self.group
+        return range(first, first + self.layout.page)
+
+    def device_id(self, first: int = 0) -> int:
+        """Of the pool of its stage and group. See `Layout.device_id`."""
+        return self.layout.device_id(self.stage, self.group, first)
+
+    def tensors(self, model: ModelConfig) -> dict[str, Slice]:
+        """Every tensor that the rank reads, in the order of the computation, and what of it.
+
+        The biases of o and down are read by tensor rank 0 alone, which adds them to its part of the sum.
+        """
+        found = {}
+        for name in model.tensor_shapes():
+            layer = _layer_of(name)
+            cut = self._cut(name, model) if layer is None else self._layer_cut(name, model.head_dim, layer)
+            if cut is not None:
+                found[name] = cut
+        return found
+
+    def weight_bytes(self, model: ModelConfig, item_bytes: int) -> int:
+        """Memory that its weights take once loaded: packed matrices with their padding, norms, the embedding.
+
+        Args:
+            item_bytes: 2 or 4, of the dtype that it runs in.
+        """
+
+        def matrix(columns: int, depth: int, bias: bool = False) -> int:
+            padded = -(-columns // PANEL) * PANEL
+            return padded * _WORD_BYTES * (-(-depth * item_bytes // _WORD_BYTES) + bias)
+
+        hidden, own_q = model.hidden_size, len(self.heads) * model.head_dim
+        qkv = own_q + 2 * len(self.kv_heads) * model.head_dim
+        adds_biases = self.tensor_rank == 0
+        layer = (
+            matrix(qkv, hidden, model.qkv_bias)
+            + matrix(hidden, own_q, model.o_bias and adds_biases)
+            + matrix(2 * -(-len(self.mlp) // MLP_UNIT) * MLP_UNIT, hidden, model.mlp_bias)
+            + matrix(hidden, len(self.mlp), model.mlp_bias and adds_biases)
+            + (2 * hidden + 2 * model.head_dim * model.qk_norm) * 4
+        )
+        embedding = model.vocab_size * hidden * item_bytes if self.is_first else 0
+        head = matrix(len(self.vocab), hidden) + hidden * 4 if self.is_last else 0
+        return len(self.layers) * layer + embedding + head
+
+    def block_bytes(self, block_size: int, row_bytes: int) -> int:
+        """Of one block of its pool: K and V of its layers and key-value heads.
+
+        Args:
+            row_bytes: of one token's K (or V) of one head.
+        """
+        return 2 * len(self.layers) * len(self.kv_heads) * block_size * row_bytes
+
+    def device_block_bytes(self, block_size: int, row_bytes: int) -> int:
+        """Of one block over the ranks that hold its page together, heads that several hold counted each time."""
+        return self.layout.num_slices * self.block_bytes(block_size, row_bytes)
+
+    def _cut(self, name: str, model: ModelConfig) -> Slice | None:
+        """What it reads of a tensor outside the layers; None for nothing."""
+        if name == _EMBEDDING and self.is_first:
+            return Slice()
+        if name == _NORM and self.is_last:
+            return Slice()
+        is_head = name == (_EMBEDDING if model.tie_word_embeddings else _HEAD)
+        return Slice(self.vocab) if is_head and self.is_last else None
+
+    def _layer_cut(self, name: str, head_dim: int, layer: int) -> Slice | None:
+        """The same for a layer's tensor."""
+        if layer not in self.layers:
+            return None
+        linear, kind = name.split(".")[-2:]
+        q, kv = (range(heads.start * head_dim, heads.stop * head_dim) for heads in (self.heads, self.kv_heads))
+        rows = {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": self.mlp, "up_proj": self.mlp}
+        columns = {"o_proj": q, "down_proj": self.mlp}
+        if linear not in columns:
+            return Slice(rows.get(linear))  # norms are whole
+        if kind == "weight":
+            return Slice(None, columns[linear])
+        return Slice() if self.tensor_rank == 0 else None
+
+
+def _share(total: int, parts: int, part: int, unit: int = 1) -> range:
+    """One of `parts` runs of `total`, cut at multiples of `unit`; they differ by one unit at most."""
+    units = -(-total // unit)
+    return range(*(min(total, units * edge // parts * unit) for edge in (part, part + 1)))
+
+
+def _layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to."""
+    words = name.split(".")
+    return int(words[2]) if words[:2] == ["model", "layers"] else None
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes))
