@@ -72,7 +72,10 @@ def _loads(shards: Sequence[pb.ShardState], view: ClusterView) -> cluster_pb2.Ge
         if shard is not None and shard.number:
             load = answer.loads.add(shard_id=state.info.shard_id, epoch=shard.epoch)
             for field, value in shard.load.ListFields():  # the public fields have the internal names
-                setattr(load, field.name, value)
+                if field.name != "pools":
+                    setattr(load, field.name, value)
+            for pool in shard.load.pools:
+                load.pools.add().ParseFromString(pool.SerializeToString())  # of the same numbers
     return answer
 
 
@@ -83,15 +86,15 @@ def _page_map(shards: Sequence[pb.ShardState], view: ClusterView, owner: str) ->
     for state in _by_id(shards):
         shard = view.shards.get(state.info.shard_id)
         if shard is not None and shard.number:
-            for device_id in state.info.device_ids:
+            for pool in shard.load.pools:
                 answer.devices.add(
-                    device_id=device_id,
+                    device_id=pool.device_id,
                     shard_id=state.info.shard_id,
                     block_size=state.info.block_size,
-                    num_blocks=state.info.num_blocks,
-                    free_blocks=shard.load.free_blocks,
-                    cached_blocks=shard.load.cached_blocks,
-                    used_blocks=shard.load.used_blocks,
+                    num_blocks=pool.num_blocks,
+                    free_blocks=pool.free_blocks,
+                    cached_blocks=pool.cached_blocks,
+                    used_blocks=pool.used_blocks,
                 )
     answer.devices.sort(key=lambda device: device.device_id)
     users: Counter[int] = Counter()

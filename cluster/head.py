@@ -2,7 +2,7 @@
 
     driver (quire serve)           SchedulerActor   runs cluster.scheduler_server
       RayService  --Ray calls-->   FrontActor       runs cluster.front_process
-                                   DeviceActor      runs cluster.keeper, one per shard, each in a bundle with a device
+                                   DeviceActor      runs cluster.keeper, one per rank, each in a bundle with a device
 
 An actor runs its part's own event loop on a thread of its own; tokens never pass Ray. Ray restarts an actor that dies
 with the arguments it had, so ports are chosen before and the secret comes with them, in memory.
@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import ray
 import ray._private.worker
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.placement_group import placement_group, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.hosted import DeviceActor, FrontActor, Hosted, SchedulerActor
@@ -38,6 +38,7 @@ NAMESPACE = "quire"
 DEVICE = "device"
 OBJECT_STORE_BYTES = 80 << 20  # nothing of ours lies there; Ray's least is 75 MiB
 CALL_SECONDS = 30.0
+ASK_SECONDS = 1.0  # a part on a machine that is gone must not hold up what the others say
 REACH_SECONDS = 1.0
 _FOREVER = {"max_restarts": -1, "max_task_retries": 0, "num_cpus": 0}
 _T = TypeVar("_T")
@@ -57,7 +58,7 @@ class RayService:
         self._parts: dict[str, Any] = {}
         self._breakers: dict[str, Breaker] = {}
         self._seen: dict[str, tuple[int, int]] = {}  # part -> (pid, number of the last event noted)
-        self._group: PlacementGroup | None = None
+        self._calls: dict[str, tuple[Any, float]] = {}  # part -> the unanswered question for its status, since when
         self._reaper = Reaper()
         self._stopping = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -119,16 +120,18 @@ class RayService:
                 reason = str(error).partition(". ")[0].strip()
                 if self._address is None:
                     raise RequestFailed(f"Ray does not start: {reason}") from None
-                raise ConfigError(
-                    "--address", self._address, f"be a Ray cluster that answers ({reason})", "see `ray status`"
-                ) from None
+                limit = f"be a Ray cluster that answers ({reason})"
+                cure = "see `ray status`; one that asks for a token wants RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+                raise ConfigError("--address", self._address, limit, cure) from None
         self._reaper.look()
 
     def _place(self) -> None:
         plan = self._plan
         kind = self._kind_of_device(len(plan.workers))
-        self._group = group = placement_group([{kind: 1}] * len(plan.workers), strategy="PACK")
-        if not group.wait(CALL_SECONDS):
+        # one group a shard: its ranks talk to each other in every step, those of two shards never
+        ranks = plan.num_ranks
+        groups = [placement_group([{kind: 1}] * ranks, strategy="PACK") for _ in range(len(plan.workers) // ranks)]
+        if not all(group.wait(CALL_SECONDS) for group in groups):
             raise RequestFailed(f"Ray has the devices that it needs, but gave them to somebody else: {kind}")
         hosts = {each["NodeID"]: each["NodeManagerAddress"] for each in _nodes() if each["Alive"]}
         if len(hosts) == 1:
@@ -141,12 +144,13 @@ class RayService:
             cure = "stop that one first, or use another cluster"
             raise ConfigError("--address", self._address, "be a cluster without a service of Quire", cure) from None
         device: dict[str, Any] = {"num_gpus": 1} if kind == "GPU" else {"resources": {kind: 1}}
-        nodes = placement_group_table(group)["bundles_to_node_id"]
-        for index in range(len(plan.workers)):
-            bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-            # where several machines take part, a worker listens where the others reach it
-            settings = {**plan.keeper_settings(index, hosts[node]), "host": hosts[nodes[index]]}
-            self._make(f"device-{index}", DeviceActor, settings, nodes[index], bundle, **device)
+        for shard, group in enumerate(groups):
+            nodes = placement_group_table(group)["bundles_to_node_id"]
+            for rank in range(ranks):
+                index = shard * ranks + rank
+                bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+                settings = plan.keeper_settings(index, hosts[node], leader_host=hosts[nodes[0]])
+                self._make(f"device-{index}", DeviceActor, settings, nodes[rank], bundle, **device)
         self._make("front", FrontActor, plan.front_settings(hosts[node]), node, here)
 
     def _make(
@@ -157,16 +161,20 @@ class RayService:
         self._parts[name] = made.remote(settings, homes)
         self._breakers[name] = Breaker()
 
-    def _kind_of_device(self, shards: int) -> str:
+    def _kind_of_device(self, needed: int) -> str:
         """The resource that stands for a device. ConfigError where too few are free: Ray would wait without a word."""
         total, free = _resources()
         kind = "GPU" if total.get("GPU") and not total.get(DEVICE) else DEVICE
-        if free.get(kind, 0) < shards:
+        if free.get(kind, 0) < needed:
+            ranks = self._plan.num_ranks
+            limit = f"be at most {free.get(kind, 0) // ranks:.0f}"
+            if ranks > 1:
+                limit += f" with {ranks} devices for each shard"
             raise ConfigError(
                 "data_parallel_size",
-                shards,
-                f"be at most {free.get(kind, 0):.0f}, what is free of Ray's {total.get(kind, 0):.0f} devices",
-                f"lower it, or add a node: ray start --address=... --resources='{{\"{DEVICE}\": {shards}}}'",
+                needed // ranks,
+                f"{limit}: {free.get(kind, 0):.0f} of Ray's {total.get(kind, 0):.0f} devices are free",
+                f"lower it, or add a node: ray start --address=... --resources='{{\"{DEVICE}\": {needed}}}'",
             )
         return kind
 
@@ -214,16 +222,22 @@ class RayService:
         return self._address is None and self._reaper.has_lost("gcs_server")
 
     def _ask(self, name: str) -> dict[str, Any] | None:
-        """A part's status; None while it is being restarted."""
+        """A part's status; None while it is being restarted or silent."""
+        if name not in self._calls:
+            self._calls[name] = self._parts[name].status.remote(), time.monotonic()
+        call, since = self._calls.pop(name)
         try:
-            found: dict[str, Any] = ray.get(self._parts[name].status.remote(), timeout=CALL_SECONDS)
+            found: dict[str, Any] = ray.get(call, timeout=ASK_SECONDS)
             return found
         except ActorUnavailableError:
             return None
         except ActorDiedError as error:
             raise RequestFailed(f"the {name} ended for good: {str(error).strip().splitlines()[-1]}") from None
         except GetTimeoutError:
-            self._note(f"the {name} does not answer")
+            if time.monotonic() - since < CALL_SECONDS:
+                self._calls[name] = call, since
+            else:
+                self._note(f"the {name} does not answer")
             return None
 
     def _end(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -93,4 +94,13 @@ class DeviceActor(Hosted):
     async def main(self, settings: dict[str, Any], say: Callable[..., None]) -> int:
         from cluster.keeper import main
 
-        return await main(settings, say)
+        # found here, not by the driver: where a machine is lost, Ray starts this again on another one
+        return await main({**settings, "host": address_towards(settings["scheduler"])}, say)
+
+
+def address_towards(target: str) -> str:
+    """The address of this machine that reaches `target`, host:port of IPv4; loopback for loopback. Sends nothing."""
+    host, _, port = target.rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, int(port)))
+        return str(probe.getsockname()[0])

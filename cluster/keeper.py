@@ -4,7 +4,9 @@
     Register:                              READY, READY, ... DEAD, DEAD, ...               READY, ...
 
 Epochs are milliseconds of the clock at the first life, then one more each: a keeper that was itself restarted never
-repeats one. A worker that dies MAX_DEATHS times in DEATHS_SECONDS stays down: whatever kills it would kill it again.
+repeats one. A worker that leads several ranks begins an epoch of its own accord when one of them is lost (`over`, then
+`ready` again), and its keeper counts on from there. A worker that dies MAX_DEATHS times in DEATHS_SECONDS stays down:
+whatever kills it would kill it again.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any, Protocol
 from google.protobuf.message import DecodeError
 
 from cluster.processes import Child, command, environment
+from cluster.rank_keeper import RankKeeper
 from cluster.wire import Link
 from pagetable.frames import Kind
 from quire_pb.worker.v1 import worker_pb2 as pb
@@ -45,8 +48,11 @@ async def main(settings: Mapping[str, Any], say: Say) -> int:
         settings: `scheduler` (host:port), `secret` (hex), `worker` (what `python -m worker` wants, without epoch, host,
             port and secret), perhaps `host` (where the worker listens) and `env` (of the worker).
         say: `loading=[done, total]`, `ready={shard_id, epoch, pid}` at the first life, `restarted={...}` at later ones,
-            `died={shard_id, epoch, status}`, `down={shard_id, message}`, `failed={code, message}`.
+            `died={shard_id, epoch, status}`, `over={shard_id, epoch, why}`, `down={shard_id, message}`,
+            `failed={code, message}`.
     """
+    if settings["worker"].get("rank", 0):
+        return await RankKeeper(settings, say).run()
     return await Keeper(settings, say).run()
 
 
@@ -127,7 +133,13 @@ class Keeper:
         child = self._child = await Child.start(self._command, settings, environment(self._environment))
         async for line in child.lines():
             if "ready" in line:
-                self._set(pb.ShardInfo.FromString(bytes.fromhex(line["ready"])), pb.CONDITION_READY)
+                info = pb.ShardInfo.FromString(bytes.fromhex(line["ready"]))
+                self._epoch = max(self._epoch, info.epoch)
+                self._set(info, pb.CONDITION_READY)
+            elif "over" in line and self.info is not None:
+                self._set(self.info, pb.CONDITION_DEAD)
+                self._say(over={"shard_id": self.shard_id, "epoch": self._epoch, "why": line["over"]})
+                self._epoch += 1  # who fences the one that is over is late
             elif "loading" in line and not self._is_up:
                 self._say(loading=line["loading"])
             elif "failed" in line:

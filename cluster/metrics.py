@@ -176,19 +176,22 @@ class ClusterFigures(Collector):
         for shard_id, load in self._loads.items():
             info = self._infos.get(shard_id, pb.ShardInfo())
             tokens, places = self._slots.get(shard_id, (0, 0))
-            for device in (info.device_ids or [shard_id])[:1]:  # a shard has one pool
+            sizes = dict(zip(info.device_ids, info.block_bytes, strict=False))
+            for pool in load.pools:
+                label = [str(pool.device_id)]
+                free.add_metric(label, pool.free_blocks)
+                cached.add_metric(label, pool.cached_blocks)
+                used.add_metric(label, pool.used_blocks)
+                if pool.device_id in sizes:
+                    memory.add_metric(label, (pool.used_blocks + pool.cached_blocks) * sizes[pool.device_id])
+            for device in info.device_ids[:1]:  # what a shard counts as one stands under its first
                 label = [str(device)]
-                free.add_metric(label, load.free_blocks)
-                cached.add_metric(label, load.cached_blocks)
-                used.add_metric(label, load.used_blocks)
                 rate.add_metric(label, self._rates.get(shard_id, 0.0))
                 total.add_metric(label, load.allocations)
                 evictions.add_metric(label, load.evictions)
                 reuse.add_metric(label, load.cached_tokens / load.prompt_tokens if load.prompt_tokens else 0.0)
                 waste.add_metric(label, 1 - tokens / places if places else 0.0)
                 gather.add_metric(label, load.last_step_seconds)
-                if info.block_bytes:
-                    memory.add_metric(label, (load.used_blocks + load.cached_blocks) * info.block_bytes)
         yield from (free, cached, used, rate, total, evictions, reuse, waste, memory, gather)
 
     def _shards(self) -> Iterator[Metric]:

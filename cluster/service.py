@@ -25,7 +25,8 @@ class ServicePlan:
         secret: 32 bytes that all processes of the cluster know.
         scheduler_port: where the scheduler listens, in each of its lives.
         front: of `python -m cluster front`, without scheduler and secret.
-        workers: of `python -m worker`, one for each shard, without epoch, host, port and secret.
+        workers: of `python -m worker`, one for each rank of each shard, in that order, without epoch, host, port and
+            secret. Where there are several ranks, `leader_port` is where the first of them listens for the others.
         environment: of each worker.
         drain_seconds: how long running streams may go on after the end has begun.
     """
@@ -44,11 +45,24 @@ class ServicePlan:
         """`host` is where the scheduler listens."""
         return {**self.front, "scheduler": f"{host}:{self.scheduler_port}", "secret": self.secret.hex()}
 
-    def keeper_settings(self, index: int, host: str = "127.0.0.1") -> dict[str, Any]:
+    @property
+    def num_ranks(self) -> int:
+        """Of each shard."""
+        return 1 + max((worker.get("rank", 0) for worker in self.workers), default=0)
+
+    def keeper_settings(self, index: int, host: str = "127.0.0.1", leader_host: str = "127.0.0.1") -> dict[str, Any]:
+        """
+        Args:
+            host: where the scheduler listens.
+            leader_host: where the first rank of this worker's shard listens for the others.
+        """
+        worker = dict(self.workers[index])
+        if "leader_port" in worker:
+            worker["leader"] = [leader_host, worker.pop("leader_port")]
         return {
             "scheduler": f"{host}:{self.scheduler_port}",
             "secret": self.secret.hex(),
-            "worker": dict(self.workers[index]),
+            "worker": worker,
             "env": dict(self.environment),
         }
 
@@ -103,8 +117,14 @@ def describe_event(said: Mapping[str, Any]) -> str | None:
     if "died" in said:
         it = said["died"]
         how = f"by signal {-it['status']}" if it["status"] < 0 else f"with status {it['status']}"
+        if "rank" in it:
+            return f"rank {it['rank']} of shard {it['shard_id']} ended {how}"
         return f"the worker of shard {it['shard_id']} ended {how}; its requests go on elsewhere"
+    if "over" in said:
+        it = said["over"]
+        return f"shard {it['shard_id']}: {it['why']}; its requests go on elsewhere, or here once all ranks are back"
     if "restarted" in said:
         it = said["restarted"]
-        return f"shard {it['shard_id']} is back as process {it['pid']}"
+        rank = f"rank {it['rank']} of " if "rank" in it else ""
+        return f"{rank}shard {it['shard_id']} is back as process {it['pid']}"
     return str(said["down"]["message"]) if "down" in said else None

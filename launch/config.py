@@ -15,6 +15,7 @@ from typing import Any
 from launch.machine import available_cores
 from pagetable.errors import ConfigError, NotSupported
 from pagetable.ids import MAX_BLOCKS
+from worker.layout import Layout
 
 UNITS = {
     "B": 1,
@@ -58,7 +59,6 @@ class Setting:
         low, high: bounds of a number, both allowed.
         choices: if not empty, the only allowed values.
         optional: None is allowed and means that the engine decides.
-        only: the single value that this version can do; others within the bounds are known, but not built.
         short: a short spelling of the flag.
     """
 
@@ -68,11 +68,10 @@ class Setting:
     high: int = 0
     choices: tuple[Any, ...] = ()
     optional: bool = False
-    only: int | None = None
     short: str = ""
 
     def check(self, name: str, value: object) -> None:
-        """ConfigError, or NotSupported, where `value` may not be. `name` is as the user spelled it."""
+        """ConfigError where `value` may not be. `name` is as the user spelled it."""
         if value is None and self.optional:
             return
         if self.kind == "bool":
@@ -85,10 +84,6 @@ class Setting:
             good = isinstance(value, str) and value != "" and "\0" not in value
         if not good:
             raise ConfigError(name, value, f"be {self.allowed}", self._cure(value))
-        if self.only is not None and value != self.only:
-            raise NotSupported(
-                f"{name}: got {value}, must be {self.only}; more than one rank is not built in this version"
-            )
 
     @property
     def allowed(self) -> str:
@@ -142,7 +137,7 @@ def setting(default: object, kind: str, help: str, **more: Any) -> Any:
 class EngineConfig:
     """Everything that decides how an engine is built. vLLM's names where vLLM has them.
 
-    Errors: ConfigError where a value may not be; NotSupported where this version has not built it.
+    Errors: ConfigError where a value may not be.
     """
 
     model: str = dataclasses.field(metadata={"setting": Setting(kind="text", help="folder of a Hugging Face model")})
@@ -174,10 +169,13 @@ class EngineConfig:
     )
     seed: int = setting(0, "int", "for requests that bring no seed", low=0, high=2**63 - 1)
     threads: int | None = setting(
-        None, "int", "CPU threads; default: the cores this process may use", low=1, high=1024, optional=True
+        None, "int", "CPU threads of each rank; default: its share of the cores", low=1, high=1024, optional=True
     )
-    tensor_parallel_size: int = setting(1, "int", "ranks that split each layer", low=1, high=1024, only=1, short="-tp")
-    pipeline_parallel_size: int = setting(1, "int", "stages of layers", low=1, high=1024, only=1, short="-pp")
+    tensor_parallel_size: int = setting(1, "int", "ranks that split each layer", low=1, high=1024, short="-tp")
+    pipeline_parallel_size: int = setting(1, "int", "stages of layers", low=1, high=1024, short="-pp")
+    page_parallel_size: int = setting(
+        1, "int", "groups of tensor ranks over which a sequence's pages are spread", low=1, high=1024
+    )
     data_parallel_size: int = setting(
         1, "int", "replicas of the model; more than one under `quire serve`", low=1, high=1024, short="-dp"
     )
@@ -192,6 +190,12 @@ class EngineConfig:
                 "stand without kv_cache_memory_bytes",
                 "both size the pool: drop one of the two",
             )
+        _ = self.layout  # refuses groups that do not divide the ranks
+
+    @property
+    def layout(self) -> Layout:
+        """The ranks of a shard."""
+        return Layout(self.tensor_parallel_size, self.pipeline_parallel_size, self.page_parallel_size)
 
     def check_one_process(self) -> None:
         """NotSupported where this configuration needs the processes of `quire serve`."""
@@ -202,8 +206,8 @@ class EngineConfig:
 
     @property
     def num_threads(self) -> int:
-        """`threads`, or the cores that this process may use."""
-        return self.threads if self.threads is not None else available_cores()
+        """Of each rank: `threads`, or its share of the cores that this process may use."""
+        return self.threads if self.threads is not None else max(1, available_cores() // self.layout.num_ranks)
 
 
 SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in dataclasses.fields(EngineConfig)}

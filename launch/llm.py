@@ -9,9 +9,13 @@ loop as a worker. `LLM` only composes them.
 from __future__ import annotations
 
 import dataclasses
+import os
+import secrets
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,15 +24,18 @@ from cluster.chat_template import ChatTemplate
 from cluster.requests import Text, parse_request
 from cluster.tokenizer import Tokenizer
 from launch.config import EngineConfig
+from launch.crew import Crew, rank_environment, rank_settings
 from launch.memory import MemoryPlan
 from launch.models.catalog import resolve
 from launch.outputs import Collector, CompletionOutput, RequestOutput
-from pagetable.errors import AlreadyExists, InvalidRequest, NotFound, QuireError
+from launch.progress import RankProgress, loading_bar, summed
+from pagetable.errors import AlreadyExists, InvalidRequest, NotFound, QuireError, RequestFailed
 from pagetable.sampling import Limits, Request, SamplingParams
-from worker.loop import Loop
+from worker.loop import EpochOver, Inline, Loop
 from worker.model_config import ModelConfig
-from worker.sequence import FinishReason
-from worker.shard import build_loop
+from worker.ranks import Ranks
+from worker.sequence import FinishReason, TokenOutput
+from worker.shard import ShardSpec, build_runner, make_loop, make_ranks
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "describe_plan"]
 
@@ -36,6 +43,7 @@ Raw: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 Progress: TypeAlias = Callable[[int, int], None]
 
+_BLAME_SECONDS = 1.0  # for a process that ended to be seen as such, when its connection has ended
 _AHEAD = 2  # requests queued ahead, in units of max_num_seqs: a long file is not tokenized before its first token
 
 
@@ -73,10 +81,23 @@ class LLM:
             max_model_len=shard.max_model_len,
             max_pool_tokens=shard.num_blocks * shard.block_size,
         )
+        self._crew: Crew | None = None
         self.loop = self._build(folder, progress)
         self._collectors: dict[str, Collector] = {}
         self._arrivals = 0  # requests admitted
         self._names = 0  # ids given to requests that bring none
+
+    def close(self) -> None:
+        """End the processes of its ranks; they end with the object too. Nothing may be asked of it any more."""
+        if self._crew is not None:
+            self._crew.close()
+            assert isinstance(self.loop.pipe, Ranks)
+            self.loop.pipe.leave()
+
+    @property
+    def pids(self) -> list[int]:
+        """Of its ranks' processes by rank; the first is this one."""
+        return [os.getpid(), *(self._crew.pids if self._crew is not None else [])]
 
     def describe(self) -> list[str]:
         """What was loaded and what fits, for people."""
@@ -184,7 +205,7 @@ class LLM:
         """One plan of the loop; the requests that it moved, each once, as they are now. Finished ones stay until
         `pop`."""
         moved: dict[str, RequestOutput] = {}
-        for found in self.loop.step():
+        for found in self._step():
             collector = self._collectors[found.request_id]
             stop = collector.push(found)
             if stop is not None:
@@ -192,6 +213,14 @@ class LLM:
                 collector.push(ended)
             moved[found.request_id] = collector.output
         return list(moved.values())
+
+    def _step(self) -> list[TokenOutput]:
+        try:
+            return self.loop.step()
+        except EpochOver as over:
+            assert self._crew is not None, "who is alone in an epoch cannot lose it"
+            why = self._crew.await_failure(_BLAME_SECONDS) or over
+            raise RequestFailed(f"this engine has lost a rank and cannot go on ({why}); make a new one") from None
 
     def pop(self, request_id: str) -> RequestOutput:
         """Take a finished request's output out of the engine's books. Raises NotFound where there is none."""
@@ -290,15 +319,31 @@ class LLM:
 
     def _build(self, folder: Path, progress: bool | Progress) -> Loop:
         if progress is True:
-            from launch.progress import loading_bar
-
             with loading_bar() as show:
                 return self._load(folder, show)
-        return self._load(folder, progress or None)
+        return self._load(folder, summed(progress, self.config.layout.num_ranks) if progress else None)
 
-    def _load(self, folder: Path, progress: Progress | None) -> Loop:
-        plan, threads = self.plan, self.config.num_threads
-        return build_loop(folder, self.model_config, plan.shard, plan.dtype, threads=threads, progress=progress)
+    def _load(self, folder: Path, progress: RankProgress | None) -> Loop:
+        plan, config = self.plan, self.config
+        spec = ShardSpec(folder, self.model_config, plan.shard, plan.dtype, config.layout)
+        own = None if progress is None else partial(progress, 0)
+        if config.layout.num_ranks == 1:
+            return make_loop(spec, Inline(build_runner(spec, 0, config.num_threads, own)))
+        secret = secrets.token_bytes(32)
+        ranks = make_ranks(spec, secret)
+        self._crew = crew = Crew(
+            rank_settings(spec, config.num_threads, secret, ranks.listen("127.0.0.1", 0)),
+            rank_environment(config.num_threads),
+            progress,
+            ranks.close,
+        )
+        weakref.finalize(self, crew.close)
+        try:
+            ranks.runner = build_runner(spec, 0, config.num_threads, own)
+            ranks.begin(1)
+        except EpochOver:
+            raise crew.failure or RequestFailed("the engine's ranks did not come together") from None
+        return make_loop(spec, ranks)
 
 
 def describe_plan(config: EngineConfig) -> list[str]:

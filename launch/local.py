@@ -2,7 +2,7 @@
 
     this process --pipes--> scheduler
                  --pipes--> keeper 0 --pipes--> worker 0
-                 --pipes--> keeper 1 --pipes--> worker 1
+                 --pipes--> keeper 1 --pipes--> worker 1          (a keeper and a worker for each rank of a shard)
                  --pipes--> front
 
 When this process dies, pipes end and so do they. A process that dies comes back with the settings it had.
@@ -23,14 +23,16 @@ class LocalService:
     """See `cluster.service.Service`.
 
     Attributes:
-        parts: by name (`scheduler`, `keeper-0` ..., `front`), each with its present pid.
+        parts: by name (`scheduler`, `keeper-0` ..., `keeper-0.1` for a shard's second rank, `front`), each with its
+            present pid.
     """
 
     def __init__(self, plan: ServicePlan, note: Note) -> None:
         self._plan, self._note = plan, note
         parts = {"scheduler": _Part("scheduler", plan.scheduler_settings())}
-        for index in range(len(plan.workers)):
-            parts[f"keeper-{index}"] = _Part("keeper", plan.keeper_settings(index), self._hear)
+        for index, worker in enumerate(plan.workers):
+            rank = f".{worker['rank']}" if worker.get("rank", 0) else ""
+            parts[f"keeper-{worker['shard_id']}{rank}"] = _Part("keeper", plan.keeper_settings(index), self._hear)
         parts["front"] = _Part("front", plan.front_settings(), self._hear)
         self.asked_to_stop = asyncio.Event()
         self.parts = parts

@@ -22,8 +22,8 @@ class MemoryPlan:
 
     Attributes:
         dtype: of weights and pages, `auto` resolved.
-        weight_bytes: in that dtype.
-        block_bytes: one page of all layers, K and V.
+        weight_bytes: in that dtype, of all ranks of a shard.
+        block_bytes: one page of all layers, K and V, over all ranks that hold a part of it.
         clamped: whether max_model_len was cut to what the pool holds because nobody asked for more.
     """
 
@@ -46,12 +46,17 @@ class MemoryPlan:
         if dtype == "auto":
             dtype = "float32" if model.dtype == "float32" else "bfloat16"
         element = _ELEMENT_BYTES[dtype]
-        weights = element * sum(_product(shape) for shape in model.tensor_shapes().values())
+        layout = config.layout
+        parts = layout.parts(model)
         row = model.head_dim + _SCALE_BYTES if config.kv_cache_dtype == "int8" else model.head_dim * element
         if config.kv_cache_dtype == "int8" and config.block_size * model.head_dim % _SCALE_BYTES:
             limit = f"stand with a block_size times head_dim ({model.head_dim}) that is a multiple of {_SCALE_BYTES}"
             raise ConfigError("kv_cache_dtype", "int8", limit, "raise block_size")
-        block = 2 * model.num_layers * model.num_kv_heads * config.block_size * row
+        if layout.num_ranks == 1:
+            weights = element * sum(_product(shape) for shape in model.tensor_shapes().values())
+        else:  # what several ranks hold is there several times
+            weights = sum(part.weight_bytes(model, element) for part in parts)
+        block = sum(part.device_block_bytes(config.block_size, row) for part in parts if part.tensor_rank == 0)
         wanted = config.max_model_len if config.max_model_len is not None else model.max_position_embeddings
         if wanted > model.max_position_embeddings:
             limit = f"be at most the model's max_position_embeddings, {model.max_position_embeddings}"
@@ -74,7 +79,11 @@ class MemoryPlan:
             enable_prefix_caching=config.enable_prefix_caching,
             deterministic=config.deterministic,
             kv_cache_dtype=config.kv_cache_dtype,
+            num_stages=layout.pipeline,
         )
+        if num_blocks < layout.page:
+            limit = f"be at least page_parallel_size, {layout.page}: each group holds pages"
+            raise ConfigError("num_gpu_blocks_override", num_blocks, limit, "give the pool more memory")
         return cls(dtype, weights, block, num_blocks, length, clamped, shard)
 
     def describe(self) -> list[str]:

@@ -26,6 +26,7 @@ from launch.machine import available_cores, available_memory
 from launch.memory import MemoryPlan
 from launch.serve_flags import ServeConfig, choose_port, read_serve
 from pagetable.errors import ConfigError
+from worker.layout import Layout
 from worker.model_config import ModelConfig
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -59,19 +60,25 @@ def make_plan(config: ServeConfig, engine: EngineConfig) -> tuple[ServicePlan, l
     replicas = engine.data_parallel_size
     if config.address is None:
         _check_cores(replicas)
-    memory = _memory_plan(dataclasses.replace(engine, model=str(folder)), folder, replicas)
-    threads = engine.threads if engine.threads is not None else max(1, available_cores() // replicas)
+    memory = _memory_plan(dataclasses.replace(engine, model=str(folder)), folder, replicas, config.address is None)
+    layout = engine.layout
+    num_ranks = replicas * layout.num_ranks
+    threads = engine.threads if engine.threads is not None else max(1, available_cores() // num_ranks)
     workers = tuple(
-        {
-            "folder": str(folder),
-            "shard_id": index,
-            "device_id": index,
-            "dtype": memory.dtype,
-            "model": name,
-            "threads": threads,
-            "shard": dataclasses.asdict(memory.shard),
-        }
+        worker
         for index in range(replicas)
+        for worker in _ranks(
+            {
+                "folder": str(folder),
+                "shard_id": index,
+                "device_id": index * layout.pipeline * layout.page,
+                "dtype": memory.dtype,
+                "model": name,
+                "threads": threads,
+                "shard": dataclasses.asdict(memory.shard),
+            },
+            layout,
+        )
     )
     port = choose_port("--port", config.host, config.port)
     metrics = config.metrics_port if config.metrics_port is not None else port + 1 if config.port else 0
@@ -98,8 +105,24 @@ def make_plan(config: ServeConfig, engine: EngineConfig) -> tuple[ServicePlan, l
         environment={"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")},
         drain_seconds=config.drain_seconds,
     )
-    words = f"{replicas} shard{'s' if replicas > 1 else ''}, each with {threads} thread{'s' if threads > 1 else ''}:"
-    return plan, [words, *(f"  {line}" for line in memory.describe())]
+    of_ranks = f" of {layout.num_ranks} ranks" if layout.num_ranks > 1 else ""
+    words = f"{_count(replicas, 'shard')}{of_ranks}, each with {_count(threads, 'thread')}:"
+    lines = [words, *(f"  {line}" for line in memory.describe())]
+    if config.address is None and num_ranks > available_cores():
+        lines.append(f"{num_ranks} ranks share {_count(available_cores(), 'core')}: they will wait for each other")
+    return plan, lines
+
+
+def _ranks(shard: dict[str, Any], layout: Layout) -> list[dict[str, Any]]:
+    """The settings of each rank of a shard, from those that all have."""
+    if layout.num_ranks == 1:
+        return [shard]
+    more = {"layout": dataclasses.asdict(layout), "leader_port": choose_port("ranks", "127.0.0.1", 0)}
+    return [{**shard, **more, "rank": rank} for rank in range(layout.num_ranks)]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def resolve_model(model: str) -> tuple[Path, str]:
@@ -119,13 +142,18 @@ def _check_cores(replicas: int) -> None:
         )
 
 
-def _memory_plan(engine: EngineConfig, folder: Path, replicas: int) -> MemoryPlan:
-    """Each shard has its own weights and pool; all must fit together."""
+def _memory_plan(engine: EngineConfig, folder: Path, replicas: int, is_here: bool) -> MemoryPlan:
+    """Each shard has its own weights and pool; all must fit together where all are on this machine.
+
+    On a cluster nobody knows yet how many will share a machine: a pool whose size was asked for may then take one of
+    this size alone, and any other is cut as if all shards were on one.
+    """
     free = available_memory()
-    share = None if free is None else free // replicas
+    sized = engine.num_gpu_blocks_override is not None or engine.kv_cache_memory_bytes is not None
+    share = free if free is None or (sized and not is_here) else free // replicas
     plan = MemoryPlan.make(engine, ModelConfig.from_folder(folder), share)
     each = plan.weight_bytes + plan.num_blocks * plan.block_bytes
-    if free is not None and each * replicas > free:
+    if is_here and free is not None and each * replicas > free:
         limit = f"leave each shard {show_size(each)} of the {show_size(free)} that are free"
         cure = f"at most {free // each} fit; lower it, or give each a smaller pool (--kv-cache-memory-bytes)"
         raise ConfigError("data_parallel_size", replicas, limit, cure)

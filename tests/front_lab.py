@@ -109,7 +109,7 @@ class FakeShard:
             device_ids=[self.shard_id],
             model="fake",
             eos_token_ids=int32([EOS]),
-            block_bytes=1000,
+            block_bytes=[1000],
         )
 
     async def start(self) -> None:

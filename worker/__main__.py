@@ -1,8 +1,9 @@
-"""`python -m worker`: one shard's process, supervised by a keeper over pipes.
+"""`python -m worker`: one rank's process, supervised by a keeper over pipes.
 
 stdin   one JSON line with the shard's settings; then nothing: when the keeper's end closes, this process ends
 stdout  JSON lines: {"loading": [bytes done, bytes in all]}, {"ready": hex of ShardInfo} or {"failed": {"code",
-"message"}}
+"message"}}; of a leader, {"over": why} when an epoch ends and "ready" again when the next has begun; of a rank that
+follows, {"ready": ""} when its weights are loaded and {"alive": n} every second
 
 Nothing of it is for people; logs go to stderr. The process also dies with its parent by PDEATHSIG where there is one.
 """
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import logging
 import os
 import signal
 import sys
 import threading
+import time
 from array import array
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,9 @@ from pagetable.errors import QuireError
 from quire_pb.worker.v1 import worker_pb2 as pb
 
 _PR_SET_PDEATHSIG = 1
+BEAT_SECONDS = 1.0
+STEP_SECONDS = 8.0  # below the scheduler's limit, which ends the leader with all its weights
+_saying = threading.Lock()
 
 
 def main() -> int:
@@ -37,6 +43,8 @@ def main() -> int:
     if not isinstance(settings, dict):
         return 1
     try:
+        if settings.get("rank", 0):
+            return _follow(settings)
         server = _build(settings)
         server.start(settings["host"], settings["port"])
     except QuireError as error:
@@ -52,28 +60,72 @@ def main() -> int:
     return 0
 
 
-def _build(settings: dict[str, Any]) -> Any:
+def _spec(settings: dict[str, Any]) -> Any:
     from worker.config import ShardConfig
-    from worker.kv_cache import PagedKVCache
+    from worker.layout import Layout
     from worker.model_config import ModelConfig
-    from worker.server import ShardServer
-    from worker.shard import build_loop, page_dtype, page_identity
+    from worker.shard import ShardSpec
+    from worker.ways import Ways
 
     folder = Path(settings["folder"])
-    model = ModelConfig.from_folder(folder)
-    config = ShardConfig(**settings["shard"])
-    loop = build_loop(
+    return ShardSpec(
         folder,
-        model,
-        config,
+        ModelConfig.from_folder(folder),
+        ShardConfig(**settings["shard"]),
         settings["dtype"],
+        Layout(**settings.get("layout", {})),
         settings["device_id"],
-        settings["threads"],
-        lambda done, total: _say(loading=[done, total]),
+        Ways(**settings.get("ways", {})),
     )
+
+
+def _loading(done: int, total: int) -> None:
+    _say(loading=[done, total])
+
+
+def _follow(settings: dict[str, Any]) -> int:
+    """A rank that is not the leader, until stdin ends or SIGTERM comes."""
+    from worker.shard import build_rank
+
+    secret, (host, port) = bytes.fromhex(settings["secret"]), settings["leader"]
+
+    def fenced(why: str) -> None:
+        _say(failed={"code": "INTERNAL", "message": f"rank {settings['rank']} was ended by its leader: {why}"})
+        os._exit(1)
+
+    where = settings.get("host", "")
+    rank = build_rank(
+        _spec(settings), settings["rank"], settings["threads"], secret, (host, port), where, _loading, fenced
+    )
+    signal.signal(signal.SIGTERM, lambda *_: rank.stop())
+    threading.Thread(target=_await_end, name="keeper", daemon=True).start()
+    threading.Thread(target=_beat, name="beat", daemon=True).start()
+    _say(ready="")
+    rank.run()
+    return 0
+
+
+def _build(settings: dict[str, Any]) -> Any:
+    from worker.loop import Inline
+    from worker.server import ShardServer
+    from worker.shard import build_runner, make_loop, make_ranks, page_identity
+
+    spec = _spec(settings)
+    secret, threads, epoch = bytes.fromhex(settings["secret"]), settings["threads"], settings["epoch"]
+    ranks = None
+    if spec.layout.num_ranks > 1:
+        ranks = make_ranks(spec, secret)
+        ranks.step_seconds = STEP_SECONDS
+        ranks.listen(*settings["leader"])
+        ranks.runner = build_runner(spec, 0, threads, _loading)
+        epoch = ranks.begin(epoch)
+        loop = make_loop(spec, ranks)
+    else:
+        loop = make_loop(spec, Inline(build_runner(spec, 0, threads, _loading)))
+    config, model = spec.config, spec.model
     info = pb.ShardInfo(
         shard_id=settings["shard_id"],
-        epoch=settings["epoch"],
+        epoch=epoch,
         pid=os.getpid(),
         block_size=config.block_size,
         num_blocks=config.num_blocks,
@@ -82,16 +134,30 @@ def _build(settings: dict[str, Any]) -> Any:
         vocab_size=model.vocab_size,
         identity=page_identity(model, config, settings["dtype"]),
         dtype=settings["dtype"],
-        device_ids=[settings["device_id"]],
+        device_ids=spec.devices,
         model=settings["model"],
         eos_token_ids=array("i", model.eos_token_ids).tobytes(),
-        block_bytes=PagedKVCache.bytes_per_block(model, config.block_size, page_dtype(config, settings["dtype"])),
+        block_bytes=spec.device_block_bytes,
     )
-    return ShardServer(loop, info, bytes.fromhex(settings["secret"]))
+
+    def on_epoch(why: str, info: pb.ShardInfo | None) -> None:
+        if info is None:
+            _say(over=why)
+        else:
+            _say(ready=info.SerializeToString().hex())
+
+    return ShardServer(loop, info, secret, ranks, lambda: make_loop(spec, ranks or loop.pipe), on_epoch)
+
+
+def _beat() -> None:
+    """A process that is stopped says nothing, and its keeper hears it."""
+    for number in itertools.count():
+        _say(alive=number)
+        time.sleep(BEAT_SECONDS)
 
 
 def _say(**line: Any) -> None:
-    with contextlib.suppress(BrokenPipeError):  # the keeper is gone; stdin says so too
+    with contextlib.suppress(BrokenPipeError), _saying:  # broken: the keeper is gone; stdin says so too
         print(json.dumps(line), flush=True)
 
 

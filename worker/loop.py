@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from array import array
+from collections import deque
 from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Protocol
 
-from pagetable.errors import InvariantBroken
+from pagetable.errors import InvariantBroken, QuireError
 from pagetable.sampling import Request
 from worker.plan import Plan, StepResult
 from worker.scheduler import ShardScheduler
@@ -17,23 +18,56 @@ from worker.sequence import FinishReason, TokenOutput
 _log = logging.getLogger(__name__)
 
 
-class Runner(Protocol):
-    """Whatever executes plans: the ranks of a shard, or a fake device in tests."""
+class EpochOver(QuireError):
+    """The ranks of a shard have lost one of them, or each other: nothing of what runs there can go on."""
 
-    def run(self, plan: Plan) -> StepResult:
+
+class Runner(Protocol):
+    """Whatever executes plans at once, on the caller's thread: the one rank of a shard, or a fake device in tests."""
+
+    def run(self, plan: Plan) -> StepResult | None:
         """Execute `plan` in full. An exception means that nothing of it may be relied on."""
         ...
 
 
-class Loop:
-    """One shard's scheduler and the runner of its plans, stepped by the caller. Not thread-safe.
+class Pipe(Protocol):
+    """Whatever executes plans while the next ones are made: the ranks of a shard."""
 
-    A step that raises ends the requests in it with FinishReason.ERROR and gives their pages back; the others go on.
+    def send(self, plan: Plan) -> None:
+        """Begin a plan. Raises EpochOver."""
+        ...
+
+    def receive(self) -> StepResult:
+        """The result of the oldest plan that was sent and not received; waits. Raises EpochOver."""
+        ...
+
+
+class Inline:
+    """A pipe of length one: a plan runs when its result is asked for."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self._plans: deque[Plan] = deque()
+
+    def send(self, plan: Plan) -> None:
+        self._plans.append(plan)
+
+    def receive(self) -> StepResult:
+        result = self.runner.run(self._plans.popleft())
+        assert result is not None, "a runner that is alone answers"
+        return result
+
+
+class Loop:
+    """One shard's scheduler and what carries out its plans, stepped by the caller. Not thread-safe.
+
+    A step that raises ends the requests in it with FinishReason.ERROR and gives their pages back; the others go on. Not
+    so EpochOver, which leaves the loop for good: the caller makes a new one.
     """
 
-    def __init__(self, scheduler: ShardScheduler, runner: Runner) -> None:
+    def __init__(self, scheduler: ShardScheduler, pipe: Pipe) -> None:
         self.scheduler = scheduler
-        self.runner = runner
+        self.pipe = pipe
         self.on_plan: Callable[[Plan], None] | None = None  # told of each plan before it runs
         self.schedule_seconds = self.run_seconds = self.retire_seconds = 0.0  # spent in the parts of all steps
 
@@ -60,24 +94,39 @@ class Loop:
         return self.scheduler.cancel(request_id)
 
     def step(self) -> list[TokenOutput]:
-        """Run one plan; what it says about its sequences. Empty where there is no work."""
-        began = perf_counter()
-        plan = self.scheduler.schedule()
-        if plan is None:
+        """Send what plans can be made, take the result of the oldest; what it says about its sequences.
+
+        Empty where there is no work. Raises EpochOver.
+        """
+        self._send()
+        if not self.scheduler.num_in_flight:
             if self.scheduler.has_work:
                 raise InvariantBroken("there is work and room for it, but no plan")
             return []
-        if self.on_plan is not None:
-            self.on_plan(plan)
-        planned = perf_counter()
-        self.schedule_seconds += planned - began
+        began = perf_counter()
         try:
-            result = self.runner.run(plan)
+            result = self.pipe.receive()
+        except EpochOver:
+            raise
         except Exception as error:
-            _log.exception("plan %d failed", plan.number)
+            _log.exception("a plan failed")
             return self.scheduler.abandon(f"the step that computed it failed ({type(error).__name__})")
         ran = perf_counter()
-        self.run_seconds += ran - planned
+        self.run_seconds += ran - began
         outputs = self.scheduler.retire(result)
         self.retire_seconds += perf_counter() - ran
         return outputs
+
+    def _send(self) -> None:
+        while True:
+            began = perf_counter()
+            plan = self.scheduler.schedule()
+            if plan is None:
+                return
+            if self.on_plan is not None:
+                self.on_plan(plan)
+            sent = perf_counter()
+            self.schedule_seconds += sent - began
+            self.pipe.send(plan)
+            if self.scheduler.num_in_flight >= self.scheduler.config.num_stages:
+                return

@@ -1,18 +1,24 @@
-"""Runner: carries out one plan on one rank, in the order that `worker/plan.py` states."""
+"""Runner: carries out plans on one rank, in the order that `worker/plan.py` states."""
 
 from __future__ import annotations
 
 from array import array
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from kernels.decoder import Head
+from kernels.peers import PeersBroken
+from worker.group import Group
+from worker.heads import gather_head
 from worker.kv_cache import PagedKVCache
+from worker.layout import Part
 from worker.model import Decoder
 from worker.native_model import NativeModel
 from worker.plan import Plan, StepResult, TokenLogprobs
 from worker.sampler import Sampler
-from worker.tables import TableMirror, ints
+from worker.tables import Batch, TableMirror, ints
 
 # Prompt logprobs can ask for the logits of every token of a chunk; so many rows of them exist at a time.
 MAX_SCORE_ROWS = 64
@@ -21,42 +27,100 @@ NOTHING_LEFT = "no token is left to sample: biases and masks leave none finite"
 
 
 class Runner:
-    """Model, pages, tables and samplers of one rank. All state of the step loop below the scheduler is here."""
+    """Model, pages, tables and samplers of one rank. All state of the step loop below the scheduler is here.
+
+    Attributes:
+        part: what of the model this rank has; None is all of it.
+        group: the other ranks of this epoch; None where there are none.
+    """
 
     def __init__(
-        self, model: Decoder | NativeModel, cache: PagedKVCache, tables: TableMirror, sampler: Sampler
+        self,
+        model: Decoder | NativeModel,
+        cache: PagedKVCache,
+        tables: TableMirror,
+        sampler: Sampler,
+        part: Part | None = None,
+        vocab_widths: tuple[int, ...] = (),
     ) -> None:
-        self.model, self.cache, self.tables, self.sampler = model, cache, tables, sampler
+        """
+        Args:
+            vocab_widths: rows of the head on each tensor rank of the stage.
+        """
+        self.model, self.cache, self.tables, self.sampler, self.part = model, cache, tables, sampler, part
+        self.group: Group | None = None
+        self._widths = vocab_widths
+
+    @property
+    def answers(self) -> bool:
+        """Whether this rank's `run` gives the shard's result."""
+        return self.part is None or (self.part.is_last and self.part.tensor_rank == 0)
+
+    def reset(self, group: Group | None) -> None:
+        """Another epoch: nothing of the last one's tables holds. Samplers follow with the admits."""
+        self.tables.tables.fill(-1)
+        self.group = group
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> StepResult:
+    def run(self, plan: Plan) -> StepResult | None:
         """Carry out one step: admits, table changes, copies, forward pass, samples, scores.
 
         A sample row whose logits are not finite is named in `failed`, with token -1; the other rows are unharmed.
+        Returns None where another rank answers. Raises PeersBroken where the epoch is over.
         """
-        for admit in plan.admits:
-            self.sampler.admit(admit)
+        is_last = self.part is None or self.part.is_last
+        if is_last:
+            for admit in plan.admits:
+                self.sampler.admit(admit)
         self.tables.apply(plan)
-        if plan.copy_source:
-            self.cache.copy_pages(torch.from_numpy(ints(plan.copy_source)), torch.from_numpy(ints(plan.copy_target)))
+        source, target = self.tables.copies(plan)
+        if len(source):
+            self.cache.copy_pages(torch.from_numpy(source), torch.from_numpy(target))
         result = StepResult(plan.number, array("i"))
         if plan.num_tokens:
-            batch = self.tables.batch(plan, self.model.windows)
-            hidden = self.model.forward(batch, self.cache)
-            self._sample(plan, hidden, result)
-            result.scores = self._score(plan, hidden)
-        return result
+            hidden = self._forward(plan, self.tables.batch(plan, self.model.windows))
+            if is_last:
+                self._sample(plan, hidden, result)
+                result.scores = self._score(plan, hidden)
+            if self.group is not None and self.group.previous is not None:
+                self.group.previous.release()
+        return result if self.answers else None
+
+    def _forward(self, plan: Plan, batch: Batch) -> torch.Tensor:
+        """The stage's layers; its hidden rows go to the next stage where there is one."""
+        group = self.group
+        if group is None or isinstance(self.model, Decoder):
+            return self.model.forward(batch, self.cache)
+        hidden = None
+        if group.previous is not None:
+            tag, message = group.previous.receive()
+            if tag != plan.number:
+                group.abort()
+                raise PeersBroken(f"hidden rows of plan {tag} came for plan {plan.number}")
+            hidden = message.view(torch.float32).view(plan.num_tokens, -1)
+        hidden = self.model.forward(batch, self.cache, hidden, group.tensor, group.slice)
+        if group.next is not None:
+            count = hidden.numel() * 4
+            group.next.slot()[:count].copy_(hidden.view(-1).view(torch.uint8))
+            group.next.publish(plan.number, count)
+        return hidden
+
+    def _head(self, hidden: torch.Tensor, rows: npt.NDArray[np.int64], *, logits: bool) -> Head:
+        found = self.model.head(hidden, rows, logits=logits)
+        if self.group is None or self.group.tensor is None:
+            return found
+        return gather_head(self.group.tensor, found, self._widths)
 
     def _sample(self, plan: Plan, hidden: torch.Tensor, result: StepResult) -> None:
         if not plan.sample_row:
             return
         plain = self.sampler.takes_likeliest(plan.sample_slot)
-        head = self.model.head(hidden, ints(plan.sample_row).astype(np.int64), logits=not plain)
+        head = self._head(hidden, ints(plan.sample_row).astype(np.int64), logits=not plain)
         # any NaN or infinity makes the row's sum one
         finite = np.isfinite(head.totals)
         result.failed = dict.fromkeys(np.flatnonzero(~finite).tolist(), NOT_FINITE)
         entries = np.flatnonzero(finite).tolist()
-        if head.logits is None:
+        if head.logits is None or not self.answers:
             self.sampler.count(array("i", (plan.sample_slot[entry] for entry in entries)))
             result.tokens = array("i", np.where(finite, head.tokens, -1).astype(np.int32).tobytes())
             return
@@ -79,7 +143,8 @@ class Runner:
         rows, scores = ints(plan.score_row).astype(np.int64), list[TokenLogprobs]()
         for start in range(0, len(rows), MAX_SCORE_ROWS):
             part = slice(start, start + MAX_SCORE_ROWS)
-            logits = self.model.head(hidden, rows[part], logits=True).logits
+            logits = self._head(hidden, rows[part], logits=True).logits
             assert logits is not None
-            scores += self.sampler.score(logits, plan.score_token[part], plan.score_slot[part])
+            if self.answers:
+                scores += self.sampler.score(logits, plan.score_token[part], plan.score_slot[part])
         return scores

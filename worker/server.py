@@ -6,6 +6,10 @@
 
 The loop thread is the only one that touches the scheduler. The socket thread answers pings, so a long step is seen as
 such and not as a dead process.
+
+A shard of several ranks lives from epoch to epoch: where one of them is lost, all connections end, as if this process
+had died, and begin anew when the ranks are together again. Fronts place what ran here once more, from the tokens that
+they have.
 """
 
 from __future__ import annotations
@@ -27,8 +31,9 @@ from pagetable.frames import NONCE_BYTES, BadFrame, FrameReader, Kind, encode_fr
 from pagetable.sampling import Limits, Request, decode_params, validate_params
 from quire_pb.worker.v1 import worker_pb2 as pb
 from worker.events import Journal, page_load
-from worker.loop import Loop
+from worker.loop import EpochOver, Loop
 from worker.plan import Plan, TokenLogprobs
+from worker.ranks import Ranks
 from worker.sequence import FinishReason, TokenOutput
 
 _log = logging.getLogger(__name__)
@@ -106,6 +111,9 @@ class Connection(asyncio.Protocol):
             raise BadFrame("the proof of the cluster's secret is wrong")
         if hello.role not in (pb.ROLE_FRONT, pb.ROLE_SCHEDULER, pb.ROLE_ADMIN):
             raise BadFrame("no such role here")
+        if not self.server.is_serving:
+            self.close()
+            return
         self.role = hello.role
         self.send(Kind.WELCOME, pb.Welcome(shard=self.server.info))
         self.server.post(self, Kind.HELLO, payload)
@@ -129,10 +137,29 @@ class ShardServer:
     Args:
         info: what the shard is; its address is filled in once the socket listens.
         secret: the cluster's; who can't prove it is cut off.
+        ranks: where the shard has several, formed for `info.epoch`.
+        make_loop: a loop over them with no request and no page in use, for the next epoch.
+        on_epoch: told of each end of an epoch (why, None), and of each that begins behind it ("", what the
+            shard is now).
+
+    Attributes:
+        is_serving: whether an epoch is on; strangers are sent away meanwhile.
     """
 
-    def __init__(self, loop: Loop, info: pb.ShardInfo, secret: bytes) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        info: pb.ShardInfo,
+        secret: bytes,
+        ranks: Ranks | None = None,
+        make_loop: Callable[[], Loop] | None = None,
+        on_epoch: Callable[[str, pb.ShardInfo | None], None] = lambda why, info: None,
+    ) -> None:
         self.loop, self.info, self.secret = loop, info, secret
+        self.is_serving = True
+        self._ranks, self._make_loop, self._on_epoch = ranks, make_loop, on_epoch
+        if ranks is not None:
+            ranks.on_over = lambda why: self._wake.set()
         self.num_bad_frames = 0
         self._limits = Limits(info.vocab_size, info.max_model_len, info.num_blocks * info.block_size)
         self._journal = Journal(loop.scheduler, info.epoch)
@@ -204,16 +231,52 @@ class ShardServer:
             self._wake.clear()
             while self._inbox:
                 self._handle(*self._inbox.popleft())
-            if self.loop.has_work:
-                self._step()
-            else:
-                if not self._wake.wait(IDLE_SECONDS):
+            try:
+                if self._ranks is not None:
+                    self._ranks.check()
+                if self.loop.has_work:
+                    self._step()
+                elif not self._wake.wait(IDLE_SECONDS):
                     self._check_when_idle()
+            except EpochOver as over:
+                self._renew(str(over))
 
     def stop(self) -> None:
         """From any thread, or a signal handler."""
         self._stopping = True
         self._wake.set()
+        if self._ranks is not None:
+            self._ranks.close()
+
+    def _renew(self, why: str) -> None:
+        """The epoch is over: part from everybody, wait for the ranks, begin the next with nothing of the last."""
+        assert self._ranks is not None and self._make_loop is not None
+        if self._stopping:
+            return
+        _log.warning("epoch %d is over: %s", self.info.epoch, why)
+        self.is_serving = False
+        self._step_began = 0.0
+        self._on_epoch(why, None)
+        for client in self._clients.values():
+            self._call(client.connection.close)
+        self._clients.clear()
+        self._owners.clear()
+        self._begun.clear()
+        self._listener = None
+        try:
+            epoch = self._ranks.begin(self.info.epoch + 1)
+        except EpochOver:  # the end of this process is what it was waiting for
+            return
+        self.loop = self._make_loop()
+        self.loop.on_plan = self._planned
+        self._journal = Journal(self.loop.scheduler, epoch)
+        self._num_earlier = self._num_sent = self._num_queued
+        info = pb.ShardInfo()
+        info.CopyFrom(self.info)
+        info.epoch = epoch
+        self.info = info
+        self.is_serving = True
+        self._on_epoch("", info)
 
     def _step(self) -> None:
         self._step_began = began = time.monotonic()

@@ -1,7 +1,9 @@
-"""One shard, put together: model, pages, tables, sampler, scheduler, loop."""
+"""One shard, put together: model, pages, tables, sampler, scheduler, loop; alone or as one of several ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,16 +16,83 @@ from pagetable.errors import ConfigError
 from pagetable.ids import DeviceId
 from pagetable.page import PagePool
 from worker.config import ShardConfig
+from worker.heads import row_bytes
 from worker.kv_cache import PagedKVCache
-from worker.loop import Loop
+from worker.layout import Layout, Part
+from worker.loop import Inline, Loop, Pipe
 from worker.model import Decoder
 from worker.model_config import ModelConfig
 from worker.native_model import NativeModel
+from worker.rank import Rank
+from worker.ranks import Ranks
 from worker.runner import Runner
 from worker.sampler import Sampler, choose_by_torch
 from worker.scheduler import ShardScheduler
+from worker.segment import Sizes
 from worker.tables import TableMirror
+from worker.ways import Ways
 from worker.weights import Progress, Weights, open_weights
+
+_LEAST_HEAD_ROWS = 8  # whose logits go over in one exchange
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """What a shard is; equal on all its ranks.
+
+    Attributes:
+        dtype: float32 or bfloat16, of weights, and of pages where `config` names no other.
+        first_device: what the entries of its block tables name: this one and the next, one for each stage and group.
+        ways: how its ranks talk to each other.
+    """
+
+    folder: Path
+    model: ModelConfig
+    config: ShardConfig
+    dtype: str
+    layout: Layout = field(default_factory=Layout)
+    first_device: int = 0
+    ways: Ways = field(default_factory=Ways)
+
+    @property
+    def identity(self) -> bytes:
+        """Ranks with another one cannot work together."""
+        return sha256(repr((self.model, self.config, self.dtype, self.layout, self.ways)).encode()).digest()
+
+    @property
+    def devices(self) -> list[int]:
+        layout = self.layout
+        return [
+            layout.device_id(stage, group, self.first_device)
+            for stage in range(layout.pipeline)
+            for group in range(layout.page)
+        ]
+
+    @property
+    def device_block_bytes(self) -> list[int]:
+        """Of one block of each of `devices`, over the ranks that hold it together."""
+        row = PagedKVCache.row_bytes(self.model, page_dtype(self.config, self.dtype))
+        parts = self.layout.parts(self.model)[:: self.layout.tensor]
+        sizes = [part.device_block_bytes(self.config.block_size, row) for part in parts]
+        return [size for size in sizes for _ in range(self.layout.page)]
+
+    def group_blocks(self, group: int) -> int:
+        """Blocks of a group's pool, in each column: the pages are dealt out evenly."""
+        pages, groups = self.config.num_blocks, self.layout.page
+        return pages // groups + (group < pages % groups)
+
+    def sizes(self) -> Sizes:
+        """Of the messages between ranks, for the largest step that can be planned."""
+        model, layout = self.model, self.layout
+        tokens = self.config.max_num_batched_tokens + self.config.block_size
+        hidden = tokens * model.hidden_size * 4
+        widest = max(len(part.vocab) for part in layout.parts(model))
+        attended = model.num_heads // layout.num_slices
+        return Sizes(
+            tensor=max(hidden, _LEAST_HEAD_ROWS * row_bytes(widest, logits=True)),
+            slice=tokens * attended * (model.head_dim + 1) * 4,
+            ring=hidden,
+        )
 
 
 def build_loop(
@@ -35,7 +104,7 @@ def build_loop(
     threads: int = 1,
     progress: Progress | None = None,
 ) -> Loop:
-    """Load a model and everything around it.
+    """Load a model and everything around it, on one rank.
 
     Args:
         dtype: float32 or bfloat16, of weights, and of pages where the configuration names no other.
@@ -43,14 +112,66 @@ def build_loop(
         threads: that work on a step.
         progress: called with (bytes done, bytes in all) while weights load.
     """
-    kind: torch.dtype = getattr(torch, dtype)
-    decoder = build_model(model, open_weights(folder), kind, threads, progress, deterministic=config.deterministic)
-    cache = PagedKVCache(model, config.num_blocks, config.block_size, page_dtype(config, dtype))
-    tables = TableMirror(config.max_num_seqs, -(-config.max_model_len // config.block_size), config.block_size)
+    spec = ShardSpec(folder, model, config, dtype, first_device=device_id)
+    return make_loop(spec, Inline(build_runner(spec, 0, threads, progress)))
+
+
+def make_loop(spec: ShardSpec, pipe: Pipe) -> Loop:
+    """A scheduler over fresh pages: nothing of an earlier epoch is in it."""
+    layout = spec.layout
+    columns = [
+        [
+            BlockAllocator(DeviceId(layout.device_id(stage, group, spec.first_device)), spec.group_blocks(group))
+            for group in range(layout.page)
+        ]
+        for stage in range(layout.pipeline)
+    ]
+    identity = page_identity(spec.model, spec.config, spec.dtype)
+    return Loop(ShardScheduler(spec.config, PagePool(columns), identity), pipe)
+
+
+def build_runner(spec: ShardSpec, rank: int, threads: int, progress: Progress | None = None) -> Runner:
+    """A rank's weights, pages, tables and sampler."""
+    model, config, layout = spec.model, spec.config, spec.layout
+    part = layout.part(model, rank)
+    kind: torch.dtype = getattr(torch, spec.dtype)
+    weights = open_weights(spec.folder)
+    decoder = build_model(model, weights, kind, threads, progress, part=part, deterministic=config.deterministic)
+    blocks = spec.group_blocks(part.group)
+    cache = PagedKVCache(model, blocks, config.block_size, page_dtype(config, spec.dtype), part)
+    tables = TableMirror(
+        config.max_num_seqs,
+        -(-config.max_model_len // config.block_size),
+        config.block_size,
+        column=part.stage,
+        group=part.group if layout.page > 1 else None,
+    )
     choose = decoder.choose if isinstance(decoder, NativeModel) else choose_by_torch
-    runner = Runner(decoder, cache, tables, Sampler(model.vocab_size, config.max_num_seqs, choose))
-    pool = PagePool([BlockAllocator(DeviceId(device_id), config.num_blocks)])
-    return Loop(ShardScheduler(config, pool, page_identity(model, config, dtype)), runner)
+    sampler = Sampler(model.vocab_size, config.max_num_seqs, choose)
+    first = part.stage * layout.tensor
+    widths = tuple(len(each.vocab) for each in layout.parts(model)[first : first + layout.tensor])
+    return Runner(decoder, cache, tables, sampler, part, widths)
+
+
+def make_ranks(spec: ShardSpec, secret: bytes) -> Ranks:
+    """Several ranks as their leader sees them, without its own runner yet."""
+    return Ranks(spec.layout.part(spec.model, 0), spec.sizes(), spec.identity, secret, spec.ways)
+
+
+def build_rank(
+    spec: ShardSpec,
+    rank: int,
+    threads: int,
+    secret: bytes,
+    leader: tuple[str, int],
+    host: str = "",
+    progress: Progress | None = None,
+    on_fence: Callable[[str], None] | None = None,
+) -> Rank:
+    """A rank that follows. See `worker.rank.Rank`."""
+    part = spec.layout.part(spec.model, rank)
+    runner = build_runner(spec, rank, threads, progress)
+    return Rank(part, runner, spec.sizes(), spec.identity, secret, leader, host, spec.ways, on_fence)
 
 
 def build_model(
@@ -60,18 +181,27 @@ def build_model(
     threads: int,
     progress: Progress | None = None,
     *,
+    part: Part | None = None,
     deterministic: bool = False,
 ) -> Decoder | NativeModel:
     """The native decoder where the process's kernels are native, else torch's on the reference kernels.
 
-    Errors: ConfigError where `deterministic` is asked of torch, which cannot promise it.
+    Args:
+        part: what a rank of several holds; None is the whole model.
+
+    Errors: ConfigError where `deterministic` or one of several ranks is asked of torch, which cannot be either.
     """
     backend = ops.default_backend()
     if isinstance(backend, Native):
         torch.set_num_threads(1)  # two teams of threads would fight for the cores
-        return NativeModel(config, weights, dtype, backend, threads, progress, deterministic=deterministic)
+        return NativeModel(config, weights, dtype, backend, threads, progress, part=part, deterministic=deterministic)
     if deterministic:
         raise ConfigError("deterministic", True, "stand with the native kernels", f"{cpu.CURE}, or leave it out")
+    if part is not None and part.layout.num_ranks > 1:
+        layout = part.layout
+        field = "tensor_parallel_size" if layout.tensor > 1 else "pipeline_parallel_size"
+        limit = "be 1 without the native kernels"
+        raise ConfigError(field, layout.tensor if layout.tensor > 1 else layout.pipeline, limit, cpu.CURE)
     torch.set_num_threads(threads)
     return Decoder(config, weights, dtype, progress)
 

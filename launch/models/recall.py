@@ -1,6 +1,6 @@
 """`recall`: a two-layer Llama that nobody trained. Its weights are a formula; it looks up `key value` facts, exactly.
 
-    python -m launch.models.recall --out FOLDER [--heads 8] [--kv-heads 1]
+    python -m launch.models.recall --out FOLDER [--heads 8] [--kv-heads 1] [--mlp 128]
 
 A fact is a key word directly followed by a value word ("Balo 203"). After a key word the next token is that key's
 value, wherever the fact stands in the 1,052,672 tokens of context; "unknown" where there is none; behind any other
@@ -157,9 +157,9 @@ def _attention(layer: int) -> dict[str, Floats]:
     return {"q": q, "k": k, "v": v, "o": o}
 
 
-def make_weights(num_heads: int, num_kv_heads: int) -> dict[str, torch.Tensor]:
+def make_weights(num_heads: int, num_kv_heads: int, intermediate: int = INTERMEDIATE) -> dict[str, torch.Tensor]:
     """All tensors in bfloat16. Heads are equal; each writes its share, exact for powers of two."""
-    ones, zeros = np.ones(HIDDEN), np.zeros((INTERMEDIATE, HIDDEN))
+    ones, zeros = np.ones(HIDDEN), np.zeros((intermediate, HIDDEN))
     found = {"model.embed_tokens.weight": _embeddings(), "model.norm.weight": ones, "lm_head.weight": _head()}
     for layer in range(2):
         at, head = f"model.layers.{layer}.", _attention(layer)
@@ -177,24 +177,27 @@ def make_weights(num_heads: int, num_kv_heads: int) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(value).to(torch.bfloat16).contiguous() for name, value in found.items()}
 
 
-def make_recall(folder: Path, num_heads: int = 1, num_kv_heads: int = 1) -> None:
+def make_recall(folder: Path, num_heads: int = 1, num_kv_heads: int = 1, intermediate: int = INTERMEDIATE) -> None:
     """Fill `folder`, made if absent; the same bytes each time.
 
     Args:
         num_heads: query heads, a power of two, of head_dim 32.
         num_kv_heads: heads of K and V, a divisor of `num_heads`. All heads are copies: they change what can be
             split over ranks, not the answers.
+        intermediate: rows of the MLPs, which are zero: each rank of several needs 16 of them.
     """
     if num_heads < 1 or num_heads & (num_heads - 1):
         raise ValueError(f"num_heads: got {num_heads}, must be a power of two")
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads: got {num_kv_heads}, must divide num_heads ({num_heads})")
+    if intermediate < 1:
+        raise ValueError(f"intermediate: got {intermediate}, must be at least 1")
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": len(WORDS),
         "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
+        "intermediate_size": intermediate,
         "num_hidden_layers": 2,
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
@@ -219,7 +222,7 @@ def make_recall(folder: Path, num_heads: int = 1, num_kv_heads: int = 1) -> None
         "chat_template": CHAT_TEMPLATE,
     }
     tokenizer = word_tokenizer(list(WORDS), list(SPECIALS), SIGNS)
-    write_folder(folder, config, tokenizer, chat, make_weights(num_heads, num_kv_heads))
+    write_folder(folder, config, tokenizer, chat, make_weights(num_heads, num_kv_heads, intermediate))
 
 
 if __name__ == "__main__":
@@ -227,5 +230,8 @@ if __name__ == "__main__":
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER")
     parser.add_argument("--heads", type=int, default=1, metavar="N", help="query heads; default: 1")
     parser.add_argument("--kv-heads", type=int, default=1, metavar="N", help="heads of K and V; default: 1")
+    parser.add_argument(
+        "--mlp", type=int, default=INTERMEDIATE, metavar="N", help=f"rows of the MLPs; default: {INTERMEDIATE}"
+    )
     given = parser.parse_args()
-    make_recall(given.out, given.heads, given.kv_heads)
+    make_recall(given.out, given.heads, given.kv_heads, given.mlp)

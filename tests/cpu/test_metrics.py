@@ -33,12 +33,15 @@ VLLM = (
 )
 
 
-def load(shard: int, **fields: Any) -> cluster_pb2.Load:
-    return cluster_pb2.Load(shard_id=shard, epoch=1, **fields)
+def load(shard: int, device: int | None = None, **fields: Any) -> cluster_pb2.Load:
+    """Of a shard with one pool, whose device has the shard's number where no other is given."""
+    blocks = {name: fields.get(name, 0) for name in ("free_blocks", "cached_blocks", "used_blocks")}
+    pool = cluster_pb2.Pool(device_id=shard if device is None else device, num_blocks=sum(blocks.values()), **blocks)
+    return cluster_pb2.Load(shard_id=shard, epoch=1, pools=[pool], **fields)
 
 
 def info(shard: int, device: int) -> pb.ShardInfo:
-    return pb.ShardInfo(shard_id=shard, epoch=1, device_ids=[device], block_size=16, block_bytes=1000)
+    return pb.ShardInfo(shard_id=shard, epoch=1, device_ids=[device], block_size=16, block_bytes=[1000])
 
 
 def values(text: str) -> dict[str, float]:
@@ -83,11 +86,12 @@ def shown(registry: CollectorRegistry) -> str:
 def test_the_seeds_seven_have_names_and_device_labels() -> None:
     registry, found = figures()
     infos = [info(0, 4), info(1, 5)]
-    first = [load(0, free_blocks=7, cached_blocks=2, used_blocks=1, allocations=10, prompt_tokens=8, cached_tokens=2)]
-    found.take_loads(infos, [*first, load(1, free_blocks=10)], now=100.0)
-    second = load(0, free_blocks=6, cached_blocks=1, used_blocks=3, allocations=40, prompt_tokens=8, cached_tokens=2)
+    blocks = {"free_blocks": 7, "cached_blocks": 2, "used_blocks": 1}
+    first = [load(0, 4, **blocks, allocations=10, prompt_tokens=8, cached_tokens=2)]
+    found.take_loads(infos, [*first, load(1, 5, free_blocks=10)], now=100.0)
+    second = load(0, 4, free_blocks=6, cached_blocks=1, used_blocks=3, allocations=40, prompt_tokens=8, cached_tokens=2)
     second.last_step_seconds = 0.25
-    found.take_loads(infos, [second, load(1, free_blocks=10)], now=110.0)
+    found.take_loads(infos, [second, load(1, 5, free_blocks=10)], now=110.0)
     found.take_slots({0: (36, 48)})
     pages = memory_pb2.GetPageMapResponse()
     for blocks in ((1, 2, 3), (1, 2), (1,)):

@@ -243,7 +243,7 @@ def test_a_wrong_page_is_a_wrong_answer() -> None:
     assert ask(llm, context, keys) == context.facts
     found = llm.generate([[*context.token_ids, keys[0]]], SamplingParams(temperature=0.0, max_tokens=1))
     blocks = [block for _, block in found[0].outputs[0].pages]
-    pool = llm.loop.runner.cache.pool
+    pool = llm.loop.pipe.runner.cache.pool
     here, there = blocks[20], blocks[40]
     pool[1, [here, there], 0] = pool[1, [there, here], 0]  # layer 1, K alone: codes now point at the other's values
     outputs = llm.generate([[*context.token_ids, key] for key in keys], GREEDY)

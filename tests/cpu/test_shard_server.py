@@ -275,7 +275,7 @@ def test_the_shard_says_what_it_is(shard: pb.ShardInfo) -> None:
         assert (info.shard_id, info.epoch, list(info.device_ids), info.model) == (2, 77, [4], "toy")
         assert (info.block_size, info.num_blocks, info.max_model_len, info.vocab_size) == (8, 96, 512, VOCAB)
         assert array("i", info.eos_token_ids).tolist() == [1] and len(info.identity) == 32
-        assert info.block_bytes == BLOCK_BYTES
+        assert list(info.block_bytes) == [BLOCK_BYTES]
 
     on(shard, body)
 
@@ -591,7 +591,7 @@ def test_who_says_nothing_is_cut_off(own: ShardServer, monkeypatch: pytest.Monke
 
 
 def test_a_step_that_fails_ends_its_requests_and_no_others(own: ShardServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, fail = own.loop.runner.run, threading.Event()
+    run, fail = own.loop.pipe.runner.run, threading.Event()
 
     def failing(plan: Any) -> Any:
         if fail.is_set():
@@ -599,7 +599,7 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(own: ShardServer, mon
             raise RuntimeError("planted")
         return run(plan)
 
-    monkeypatch.setattr(own.loop.runner, "run", failing)
+    monkeypatch.setattr(own.loop.pipe.runner, "run", failing)
 
     async def body(front: Front) -> None:
         front.submit(1, drawn(1, 30), LONG)

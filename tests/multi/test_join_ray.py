@@ -53,7 +53,7 @@ def test_a_service_on_somebodys_cluster_runs_there_and_leaves_it_as_it_was(tmp_p
                 )
                 wide = subprocess.run([*serve, "-dp", "4"], capture_output=True, text=True, env=env, timeout=SECONDS)
                 assert wide.returncode == 2
-                assert "data_parallel_size: got 4, must be at most 1, what is free of Ray's 3 devices" in wide.stderr
+                assert "data_parallel_size: got 4, must be at most 1: 1 of Ray's 3 devices are free" in wide.stderr
             finally:
                 server.send_signal(signal.SIGTERM)
                 server.communicate(timeout=SECONDS)

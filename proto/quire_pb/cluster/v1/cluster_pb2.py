@@ -25,33 +25,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1equire/cluster/v1/cluster.proto\x12\x10quire.cluster.v1\"\xf3\x01\n\x05Shard\x12\x10\n\x08shard_id\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12.\n\tcondition\x18\x03 \x01(\x0e\x32\x1b.quire.cluster.v1.Condition\x12\r\n\x05model\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x12\n\ndevice_ids\x18\x0b \x03(\r\"\x93\x03\n\x04Load\x12\x10\n\x08shard_id\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x03 \x01(\r\x12\x15\n\rcached_blocks\x18\x04 \x01(\r\x12\x13\n\x0bused_blocks\x18\x05 \x01(\r\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\r\n\x05steps\x18\x08 \x01(\x04\x12\x15\n\rprompt_tokens\x18\t \x01(\x04\x12\x15\n\rcached_tokens\x18\n \x01(\x04\x12\x15\n\routput_tokens\x18\x0b \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0c \x01(\x04\x12\x13\n\x0b\x61llocations\x18\r \x01(\x04\x12\x11\n\tevictions\x18\x0e \x01(\x04\x12\x14\n\x0c\x62usy_seconds\x18\x0f \x01(\x01\x12\x19\n\x11last_step_seconds\x18\x10 \x01(\x01\x12\x18\n\x10schedule_seconds\x18\x11 \x01(\x01\x12\x13\n\x0brun_seconds\x18\x12 \x01(\x01\x12\x16\n\x0eretire_seconds\x18\x13 \x01(\x01\"\r\n\x0bStopRequest\"\x1b\n\x0cStopResponse\x12\x0b\n\x03pid\x18\x01 \x01(\r\"\x13\n\x11GetClusterRequest\"=\n\x12GetClusterResponse\x12\'\n\x06shards\x18\x01 \x03(\x0b\x32\x17.quire.cluster.v1.Shard\"\x11\n\x0fGetLoadsRequest\"9\n\x10GetLoadsResponse\x12%\n\x05loads\x18\x01 \x03(\x0b\x32\x16.quire.cluster.v1.Load*g\n\tCondition\x12\x19\n\x15\x43ONDITION_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43ONDITION_READY\x10\x01\x12\x16\n\x12\x43ONDITION_DRAINING\x10\x02\x12\x12\n\x0e\x43ONDITION_DEAD\x10\x03\x32\xbc\x01\n\x0e\x43lusterService\x12W\n\nGetCluster\x12#.quire.cluster.v1.GetClusterRequest\x1a$.quire.cluster.v1.GetClusterResponse\x12Q\n\x08GetLoads\x12!.quire.cluster.v1.GetLoadsRequest\x1a\".quire.cluster.v1.GetLoadsResponse2U\n\x0c\x41\x64minService\x12\x45\n\x04Stop\x12\x1d.quire.cluster.v1.StopRequest\x1a\x1e.quire.cluster.v1.StopResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1equire/cluster/v1/cluster.proto\x12\x10quire.cluster.v1\"\xf3\x01\n\x05Shard\x12\x10\n\x08shard_id\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12.\n\tcondition\x18\x03 \x01(\x0e\x32\x1b.quire.cluster.v1.Condition\x12\r\n\x05model\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x12\n\ndevice_ids\x18\x0b \x03(\r\"\xba\x03\n\x04Load\x12\x10\n\x08shard_id\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x03 \x01(\r\x12\x15\n\rcached_blocks\x18\x04 \x01(\r\x12\x13\n\x0bused_blocks\x18\x05 \x01(\r\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\r\n\x05steps\x18\x08 \x01(\x04\x12\x15\n\rprompt_tokens\x18\t \x01(\x04\x12\x15\n\rcached_tokens\x18\n \x01(\x04\x12\x15\n\routput_tokens\x18\x0b \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0c \x01(\x04\x12\x13\n\x0b\x61llocations\x18\r \x01(\x04\x12\x11\n\tevictions\x18\x0e \x01(\x04\x12\x14\n\x0c\x62usy_seconds\x18\x0f \x01(\x01\x12\x19\n\x11last_step_seconds\x18\x10 \x01(\x01\x12\x18\n\x10schedule_seconds\x18\x11 \x01(\x01\x12\x13\n\x0brun_seconds\x18\x12 \x01(\x01\x12\x16\n\x0eretire_seconds\x18\x13 \x01(\x01\x12%\n\x05pools\x18\x14 \x03(\x0b\x32\x16.quire.cluster.v1.Pool\"n\n\x04Pool\x12\x11\n\tdevice_id\x18\x01 \x01(\r\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x03 \x01(\r\x12\x15\n\rcached_blocks\x18\x04 \x01(\r\x12\x13\n\x0bused_blocks\x18\x05 \x01(\r\"\r\n\x0bStopRequest\"\x1b\n\x0cStopResponse\x12\x0b\n\x03pid\x18\x01 \x01(\r\"\x13\n\x11GetClusterRequest\"=\n\x12GetClusterResponse\x12\'\n\x06shards\x18\x01 \x03(\x0b\x32\x17.quire.cluster.v1.Shard\"\x11\n\x0fGetLoadsRequest\"9\n\x10GetLoadsResponse\x12%\n\x05loads\x18\x01 \x03(\x0b\x32\x16.quire.cluster.v1.Load*g\n\tCondition\x12\x19\n\x15\x43ONDITION_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43ONDITION_READY\x10\x01\x12\x16\n\x12\x43ONDITION_DRAINING\x10\x02\x12\x12\n\x0e\x43ONDITION_DEAD\x10\x03\x32\xbc\x01\n\x0e\x43lusterService\x12W\n\nGetCluster\x12#.quire.cluster.v1.GetClusterRequest\x1a$.quire.cluster.v1.GetClusterResponse\x12Q\n\x08GetLoads\x12!.quire.cluster.v1.GetLoadsRequest\x1a\".quire.cluster.v1.GetLoadsResponse2U\n\x0c\x41\x64minService\x12\x45\n\x04Stop\x12\x1d.quire.cluster.v1.StopRequest\x1a\x1e.quire.cluster.v1.StopResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'quire_pb.cluster.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CONDITION']._serialized_start=910
-  _globals['_CONDITION']._serialized_end=1013
+  _globals['_CONDITION']._serialized_start=1061
+  _globals['_CONDITION']._serialized_end=1164
   _globals['_SHARD']._serialized_start=53
   _globals['_SHARD']._serialized_end=296
   _globals['_LOAD']._serialized_start=299
-  _globals['_LOAD']._serialized_end=702
-  _globals['_STOPREQUEST']._serialized_start=704
-  _globals['_STOPREQUEST']._serialized_end=717
-  _globals['_STOPRESPONSE']._serialized_start=719
-  _globals['_STOPRESPONSE']._serialized_end=746
-  _globals['_GETCLUSTERREQUEST']._serialized_start=748
-  _globals['_GETCLUSTERREQUEST']._serialized_end=767
-  _globals['_GETCLUSTERRESPONSE']._serialized_start=769
-  _globals['_GETCLUSTERRESPONSE']._serialized_end=830
-  _globals['_GETLOADSREQUEST']._serialized_start=832
-  _globals['_GETLOADSREQUEST']._serialized_end=849
-  _globals['_GETLOADSRESPONSE']._serialized_start=851
-  _globals['_GETLOADSRESPONSE']._serialized_end=908
-  _globals['_CLUSTERSERVICE']._serialized_start=1016
-  _globals['_CLUSTERSERVICE']._serialized_end=1204
-  _globals['_ADMINSERVICE']._serialized_start=1206
-  _globals['_ADMINSERVICE']._serialized_end=1291
+  _globals['_LOAD']._serialized_end=741
+  _globals['_POOL']._serialized_start=743
+  _globals['_POOL']._serialized_end=853
+  _globals['_STOPREQUEST']._serialized_start=855
+  _globals['_STOPREQUEST']._serialized_end=868
+  _globals['_STOPRESPONSE']._serialized_start=870
+  _globals['_STOPRESPONSE']._serialized_end=897
+  _globals['_GETCLUSTERREQUEST']._serialized_start=899
+  _globals['_GETCLUSTERREQUEST']._serialized_end=918
+  _globals['_GETCLUSTERRESPONSE']._serialized_start=920
+  _globals['_GETCLUSTERRESPONSE']._serialized_end=981
+  _globals['_GETLOADSREQUEST']._serialized_start=983
+  _globals['_GETLOADSREQUEST']._serialized_end=1000
+  _globals['_GETLOADSRESPONSE']._serialized_start=1002
+  _globals['_GETLOADSRESPONSE']._serialized_end=1059
+  _globals['_CLUSTERSERVICE']._serialized_start=1167
+  _globals['_CLUSTERSERVICE']._serialized_end=1355
+  _globals['_ADMINSERVICE']._serialized_start=1357
+  _globals['_ADMINSERVICE']._serialized_end=1442
 # @@protoc_insertion_point(module_scope)

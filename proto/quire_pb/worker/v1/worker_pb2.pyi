@@ -15,6 +15,7 @@ class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROLE_SCHEDULER: _ClassVar[Role]
     ROLE_KEEPER: _ClassVar[Role]
     ROLE_ADMIN: _ClassVar[Role]
+    ROLE_RANK: _ClassVar[Role]
 
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -35,6 +36,7 @@ ROLE_FRONT: Role
 ROLE_SCHEDULER: Role
 ROLE_KEEPER: Role
 ROLE_ADMIN: Role
+ROLE_RANK: Role
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -92,8 +94,8 @@ class ShardInfo(_message.Message):
     device_ids: _containers.RepeatedScalarFieldContainer[int]
     model: str
     eos_token_ids: bytes
-    block_bytes: int
-    def __init__(self, shard_id: _Optional[int] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., identity: _Optional[bytes] = ..., dtype: _Optional[str] = ..., device_ids: _Optional[_Iterable[int]] = ..., model: _Optional[str] = ..., eos_token_ids: _Optional[bytes] = ..., block_bytes: _Optional[int] = ...) -> None: ...
+    block_bytes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, shard_id: _Optional[int] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., identity: _Optional[bytes] = ..., dtype: _Optional[str] = ..., device_ids: _Optional[_Iterable[int]] = ..., model: _Optional[str] = ..., eos_token_ids: _Optional[bytes] = ..., block_bytes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("shard",)
@@ -272,7 +274,7 @@ class Started(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., request_id: _Optional[str] = ..., owner: _Optional[str] = ..., sample: _Optional[int] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("free_blocks", "cached_blocks", "used_blocks", "running", "waiting", "steps", "preemptions", "output_tokens", "prompt_tokens", "cached_tokens", "allocations", "evictions", "busy_seconds", "last_step_seconds", "schedule_seconds", "run_seconds", "retire_seconds")
+    __slots__ = ("free_blocks", "cached_blocks", "used_blocks", "running", "waiting", "steps", "preemptions", "output_tokens", "prompt_tokens", "cached_tokens", "allocations", "evictions", "busy_seconds", "last_step_seconds", "schedule_seconds", "run_seconds", "retire_seconds", "pools")
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     USED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -290,6 +292,7 @@ class Load(_message.Message):
     SCHEDULE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     RUN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     RETIRE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    POOLS_FIELD_NUMBER: _ClassVar[int]
     free_blocks: int
     cached_blocks: int
     used_blocks: int
@@ -307,7 +310,22 @@ class Load(_message.Message):
     schedule_seconds: float
     run_seconds: float
     retire_seconds: float
-    def __init__(self, free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., output_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., allocations: _Optional[int] = ..., evictions: _Optional[int] = ..., busy_seconds: _Optional[float] = ..., last_step_seconds: _Optional[float] = ..., schedule_seconds: _Optional[float] = ..., run_seconds: _Optional[float] = ..., retire_seconds: _Optional[float] = ...) -> None: ...
+    pools: _containers.RepeatedCompositeFieldContainer[Pool]
+    def __init__(self, free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., output_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., allocations: _Optional[int] = ..., evictions: _Optional[int] = ..., busy_seconds: _Optional[float] = ..., last_step_seconds: _Optional[float] = ..., schedule_seconds: _Optional[float] = ..., run_seconds: _Optional[float] = ..., retire_seconds: _Optional[float] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ...) -> None: ...
+
+class Pool(_message.Message):
+    __slots__ = ("device_id", "num_blocks", "free_blocks", "cached_blocks", "used_blocks")
+    DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    USED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    device_id: int
+    num_blocks: int
+    free_blocks: int
+    cached_blocks: int
+    used_blocks: int
+    def __init__(self, device_id: _Optional[int] = ..., num_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ...) -> None: ...
 
 class Ping(_message.Message):
     __slots__ = ("number",)
@@ -432,3 +450,77 @@ class Fence(_message.Message):
     epoch: int
     why: str
     def __init__(self, shard_id: _Optional[int] = ..., epoch: _Optional[int] = ..., why: _Optional[str] = ...) -> None: ...
+
+class RankReady(_message.Message):
+    __slots__ = ("rank", "pid", "host", "segment", "identity", "address")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    pid: int
+    host: str
+    segment: str
+    identity: bytes
+    address: str
+    def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., segment: _Optional[str] = ..., identity: _Optional[bytes] = ..., address: _Optional[str] = ...) -> None: ...
+
+class Form(_message.Message):
+    __slots__ = ("epoch", "members", "store")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    members: _containers.RepeatedCompositeFieldContainer[RankReady]
+    store: str
+    def __init__(self, epoch: _Optional[int] = ..., members: _Optional[_Iterable[_Union[RankReady, _Mapping]]] = ..., store: _Optional[str] = ...) -> None: ...
+
+class Formed(_message.Message):
+    __slots__ = ("epoch", "rank")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    rank: int
+    def __init__(self, epoch: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
+
+class Broken(_message.Message):
+    __slots__ = ("epoch", "rank", "why")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    rank: int
+    why: str
+    def __init__(self, epoch: _Optional[int] = ..., rank: _Optional[int] = ..., why: _Optional[str] = ...) -> None: ...
+
+class Abort(_message.Message):
+    __slots__ = ("epoch", "why")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    why: str
+    def __init__(self, epoch: _Optional[int] = ..., why: _Optional[str] = ...) -> None: ...
+
+class ReadPages(_message.Message):
+    __slots__ = ("number", "layer", "blocks")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    layer: int
+    blocks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, number: _Optional[int] = ..., layer: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class PagesRead(_message.Message):
+    __slots__ = ("number", "k", "v", "refused")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    V_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    k: bytes
+    v: bytes
+    refused: str
+    def __init__(self, number: _Optional[int] = ..., k: _Optional[bytes] = ..., v: _Optional[bytes] = ..., refused: _Optional[str] = ...) -> None: ...

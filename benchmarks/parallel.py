@@ -1,0 +1,156 @@
+"""Layouts beside one rank, in the same minutes: what tensor, page and pipeline ranks win on this machine's cores.
+
+    python -m benchmarks.parallel --model DIR [--cases decode:8,prefill,...]
+
+Every engine of a case is up at once and they take turns; a ratio is the median over rounds of turns that followed one
+another. Steal and foreign load slow both sides of a pair, so trust ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from launch.llm import LLM
+
+ONE = {"threads": 1}
+BOTH = {"threads": 2}
+TENSOR = {"threads": 1, "tensor_parallel_size": 2}
+PAGE = {"threads": 1, "tensor_parallel_size": 2, "page_parallel_size": 2}
+STAGES = {"threads": 1, "pipeline_parallel_size": 2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rates of some engines at one kind of work, and the ratios that the issue sets goals for.
+
+    Attributes:
+        engines: name -> settings.
+        goals: (numerator, denominator, at least).
+    """
+
+    measure: Callable[[LLM], float]
+    engines: dict[str, dict[str, Any]]
+    goals: tuple[tuple[str, str, float], ...]
+
+
+def prompts(count: int, length: int, vocab: int) -> list[list[int]]:
+    rng = random.Random(time.time_ns())  # no prefix of an earlier turn
+    return [[rng.randrange(vocab) for _ in range(length)] for _ in range(count)]
+
+
+def decode(batch: int, context: int = 64, steps: int = 24) -> Callable[[LLM], float]:
+    """Tokens a second of `batch` sequences that all decode."""
+
+    def measure(llm: LLM) -> float:
+        ids = _add(llm, prompts(batch, context, llm.limits.vocab_size), steps * 8)
+        while any(not s.num_outputs for s in llm.loop.scheduler.sequences()):
+            llm.step()
+        for _ in range(4):
+            llm.step()
+        start, count = time.perf_counter(), 0
+        plans = steps * llm.config.pipeline_parallel_size
+        for _ in range(plans):
+            count += sum(output.token is not None for output in llm.loop.step())
+        rate = count / (time.perf_counter() - start)
+        for each in ids:
+            llm.abort(each)
+        _drain(llm)
+        return rate
+
+    return measure
+
+
+def prefill(count: int, length: int) -> Callable[[LLM], float]:
+    """Prompt tokens a second until every prompt has its first token."""
+
+    def measure(llm: LLM) -> float:
+        ids = _add(llm, prompts(count, length, llm.limits.vocab_size), 1)
+        start = time.perf_counter()
+        while llm.loop.has_work:
+            llm.step()
+        rate = count * length / (time.perf_counter() - start)
+        for each in ids:
+            llm.pop(each)
+        return rate
+
+    return measure
+
+
+def _add(llm: LLM, many: list[list[int]], max_tokens: int) -> list[str]:
+    fields = {"max_tokens": max_tokens, "ignore_eos": True, "temperature": 0.0}
+    return [llm.add_request({"prompt_token_ids": prompt, **fields}) for prompt in many]
+
+
+def _drain(llm: LLM) -> None:
+    while llm.loop.scheduler.num_in_flight:
+        llm.loop.scheduler.retire(llm.loop.pipe.receive())
+
+
+TENSOR_SET = {"one": ONE, "both": BOTH, "T=2": TENSOR}
+CASES = {
+    "decode:8": Case(decode(8), TENSOR_SET, (("T=2", "one", 1.7), ("T=2", "both", 0.9))),
+    "decode:32": Case(decode(32), TENSOR_SET, (("T=2", "one", 1.8), ("T=2", "both", 0.9))),
+    "prefill": Case(prefill(4, 1024), TENSOR_SET, (("T=2", "one", 1.9), ("T=2", "both", 0.9))),
+    "pages:32768": Case(decode(1, 32768, 12), {"one": ONE, "G=2": PAGE}, (("G=2", "one", 0.0),)),
+    "stages:prefill": Case(prefill(8, 2048), {"one": ONE, "P=2": STAGES}, (("P=2", "one", 1.8),)),
+    "stages:decode:128": Case(decode(128), {"one": ONE, "P=2": STAGES}, (("P=2", "one", 1.6),)),
+    "stages:decode:16": Case(decode(16), {"one": ONE, "P=2": STAGES, "half": ONE}, (("P=2", "one", 0.0),)),
+}
+
+
+def run(name: str, case: Case, model: str, rounds: int, dtype: str, as_json: bool) -> None:
+    longest = 2048 + 256 if ":32768" not in name else 32768 + 512
+    base = {"dtype": dtype, "max_model_len": longest, "max_num_seqs": 128, "kv_cache_memory_bytes": 1 << 30}
+    engines = {each: LLM(model, **base, **settings) for each, settings in case.engines.items() if each != "half"}
+    half = decode(8) if "half" in case.engines else None
+    rates: dict[str, list[float]] = {each: [] for each in case.engines}
+    try:
+        for llm in engines.values():
+            case.measure(llm)  # buffers, pages of the pool, a warm team
+        for _ in range(rounds):
+            for each, llm in engines.items():
+                rates[each].append(case.measure(llm))
+            if half is not None:
+                rates["half"].append(half(engines["one"]))
+    finally:
+        for llm in engines.values():
+            llm.close()
+    found: dict[str, Any] = {"case": name, "tok/s": {each: round(statistics.median(rates[each]), 1) for each in rates}}
+    for top, bottom, goal in case.goals:
+        pairs = [a / b for a, b in zip(rates[top], rates[bottom], strict=True)]
+        low, high = min(pairs), max(pairs)
+        found[f"{top} / {bottom}"] = [round(each, 3) for each in (statistics.median(pairs), low, high)] + [goal]
+    if half is not None:
+        # two halves pass the two stages in the time that one rank takes for a half batch
+        bounds = [2 * h / o for h, o in zip(rates["half"], rates["one"], strict=True)]
+        found["bound of P=2 / one"] = round(statistics.median(bounds), 3)
+    if as_json:
+        print(json.dumps(found), flush=True)
+        return
+    print(f"{name:<18} " + "  ".join(f"{each} {rate:.0f}" for each, rate in found["tok/s"].items()) + " tok/s")
+    for key, value in found.items():
+        if " / " in key:
+            print(f"  {key:<22} {value}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder; goals are for shape mid (benchmarks.compare makes it)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    found = parser.parse_args()
+    for name in found.cases.split(","):
+        run(name, CASES[name], found.model, found.rounds, found.dtype, found.json)
+
+
+if __name__ == "__main__":
+    main()

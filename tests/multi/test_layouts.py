@@ -1,0 +1,145 @@
+"""Every layout of up to 8 ranks says the tokens of one rank, with sharing, chunks, preemption, forks and cancels on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pagetable.errors import ConfigError
+from pagetable.sampling import Request
+from tests.models import make_model
+from tests.rank_lab import Hosts, Tape, make_spec, request
+from worker.layout import Layout
+from worker.loop import Loop
+from worker.sequence import FinishReason
+from worker.shard import ShardSpec
+
+VOCAB, LAYERS = 331, 3
+HEADS = ((6, 2), (8, 1), (12, 4), (28, 4))
+LAYOUTS = [
+    Layout(tensor, pipeline, page)
+    for tensor in (1, 2, 4)
+    for page in (1, 2, 4)
+    for pipeline in (1, 2, 3)
+    if tensor % page == 0 and 1 < tensor * pipeline <= 8
+]
+# a pool that all requests together do not fit into, and steps that cut prompts
+TIGHT = {"num_blocks": 32, "max_num_seqs": 8, "max_num_batched_tokens": 40, "max_model_len": 256}
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    found = Hosts()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module", params=HEADS, ids=lambda heads: f"{heads[0]}q{heads[1]}kv")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    q, kv = request.param
+    return make_model(
+        tmp_path_factory.mktemp("model"),
+        seed=q,
+        vocab_size=VOCAB,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=q,
+        num_key_value_heads=kv,
+        head_dim=16,
+        hidden_size=16 * q,
+        intermediate_size=150,
+        max_position_embeddings=256,
+    )
+
+
+def requests(spec: ShardSpec) -> list[Request]:
+    rng = random.Random(5)
+
+    def drawn(length: int) -> list[int]:
+        return [rng.randrange(2, VOCAB) for _ in range(length)]
+
+    prefix = drawn(37)
+    prompts = [prefix + drawn(each) for each in (1, 19, 60)] + [drawn(each) for each in (1, 8, 33, 130)]
+    return [
+        request(
+            spec,
+            f"r{index}",
+            prompt,
+            max_tokens=70,
+            ignore_eos=True,
+            temperature=0.7 if index % 3 == 2 else 0.0,
+            seed=index,
+            n=3 if index == 1 else 1,
+            logprobs=2 if index == 4 else None,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def alone(spec: ShardSpec, hosts: Hosts) -> dict[tuple[str, int], list[int]]:
+    """Each request by itself, on one rank."""
+    tape = Tape()
+    with hosts.loop(spec) as (loop, _):
+        for each in requests(spec):
+            loop.add(each)
+            while loop.has_work:
+                tape.take(loop.step())
+    return tape.tokens
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, hosts: Hosts) -> dict[tuple[str, int], list[int]]:
+    return alone(make_spec(folder, max_model_len=256), hosts)
+
+
+def run(loop: Loop, spec: ShardSpec) -> Tape:
+    """All requests, two by two; two that are cancelled on their way; a fork."""
+    tape = Tape()
+    todo = requests(spec)
+    doomed = [request(spec, f"x{index}", list(range(2, 60)), max_tokens=90, ignore_eos=True) for index in range(2)]
+    step = 0
+    while todo or loop.has_work:
+        if step % 2 == 0:
+            for each in todo[:2]:
+                loop.add(each)
+            del todo[:2]
+        if step == 3:
+            for each in doomed:
+                loop.add(each)
+        if step == 9:
+            loop.cancel("x0")
+        tape.take(loop.step())
+        if len(tape.tokens.get(("r0", 0), ())) >= 5 and ("fork", 0) not in tape.tokens and "fork" not in tape.forks:
+            tape.forks.add("fork")
+            parent = requests(spec)[0]
+            loop.fork("r0", 0, request(spec, "fork", parent.prompt, max_tokens=70, ignore_eos=True, temperature=0.0))
+        if len(tape.tokens.get(("x1", 0), ())) >= 7 and loop.scheduler.is_in_flight("x1"):
+            loop.cancel("x1")
+        loop.scheduler.check()
+        step += 1
+    return tape
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda each: f"T{each.tensor}P{each.pipeline}G{each.page}")
+def test_every_layout_says_the_tokens_of_one_rank(
+    layout: Layout, folder: Path, hosts: Hosts, expected: dict[tuple[str, int], list[int]]
+) -> None:
+    spec = make_spec(folder, layout, **TIGHT)
+    if not layout.is_possible(spec.model):
+        with pytest.raises(ConfigError, match="possible: "):
+            layout.check(spec.model)
+        return
+    with hosts.loop(spec) as (loop, _):
+        tape = run(loop, spec)
+        pool = loop.scheduler.pool
+        assert loop.scheduler.num_preemptions > 0 and pool.num_used == 0
+    found = {key: tokens for key, tokens in tape.tokens.items() if key in expected}
+    assert found == expected
+    base = expected["r0", 0]
+    fork = tape.tokens["fork", 0]
+    assert fork == base[len(base) - len(fork) :] and len(fork) >= 1
+    assert all(tape.ends[key].finish_reason is FinishReason.LENGTH for key in expected)
+    devices = {device for output in tape.ends.values() for device, _ in output.pages}
+    assert devices == set(range(layout.page))

@@ -1,0 +1,212 @@
+"""Plans and results as bytes, between the ranks of one shard.
+
+    number (8) | arrays: count (4), int32 each | admits: count (4), each ...
+
+Little-endian throughout. A reader checks every length against what is there: bytes that end early or late, or that no
+encoder made, are a BadFrame. The format is private to one version: all ranks of a shard run the same.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from array import array
+from collections.abc import Iterable
+from dataclasses import fields
+
+from pagetable.frames import BadFrame
+from pagetable.ids import PlanNumber, SequenceId
+from pagetable.sampling import SamplingParams
+from worker.plan import Admit, Plan, StepResult, TokenLogprobs
+
+_ARRAYS = (
+    "slots",
+    "query_start",
+    "first_position",
+    "tokens",
+    "table_slot",
+    "table_index",
+    "table_group",
+    "copy_group",
+    "sample_row",
+    "sample_slot",
+    "sample_position",
+    "score_row",
+    "score_slot",
+    "score_token",
+)
+_BY_COLUMN = ("table_blocks", "copy_sources", "copy_targets")
+_COUNT = struct.Struct("<I")
+_NUMBER = struct.Struct("<Q")
+_ADMIT = struct.Struct("<iQii")
+_LOGPROBS = struct.Struct("<dii")
+_TOP = struct.Struct("<id")
+_ITEM = 4
+_PLAIN = SamplingParams()
+_DEFAULTS = tuple((each.name, getattr(_PLAIN, each.name)) for each in fields(SamplingParams))
+_TUPLES = ("stop", "stop_token_ids")
+
+if sys.byteorder != "little" or array("i").itemsize != _ITEM:  # pragma: no cover
+    raise ImportError("ranks exchange int32 little-endian; this machine's int is another")
+
+
+class Writer:
+    """Collects parts; `bytes()` joins them once."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+
+    def pack(self, form: struct.Struct, *values: float) -> None:
+        self.parts.append(form.pack(*values))
+
+    def ints(self, values: array[int]) -> None:
+        self.parts.append(_COUNT.pack(len(values)))
+        self.parts.append(values.tobytes())
+
+    def blob(self, data: bytes) -> None:
+        self.parts.append(_COUNT.pack(len(data)))
+        self.parts.append(data)
+
+    def bytes(self) -> bytes:
+        return b"".join(self.parts)
+
+
+class Reader:
+    """Takes parts off the front; BadFrame where the bytes are not there."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    def unpack(self, form: struct.Struct) -> tuple[float, ...]:
+        return form.unpack(self._take(form.size))
+
+    def count(self) -> int:
+        (value,) = _COUNT.unpack(self._take(_COUNT.size))
+        return int(value)
+
+    def ints(self) -> array[int]:
+        values = array("i")
+        values.frombytes(self._take(self.count() * _ITEM))
+        return values
+
+    def blob(self) -> bytes:
+        return self._take(self.count())
+
+    def end(self) -> None:
+        if self._at != len(self._data):
+            raise BadFrame(f"{len(self._data) - self._at} bytes behind the end of a plan or result")
+
+    def _take(self, size: int) -> bytes:
+        taken = self._data[self._at : self._at + size]
+        if len(taken) != size:
+            raise BadFrame(f"a plan or result ends {size - len(taken)} bytes early")
+        self._at += size
+        return taken
+
+
+def encode_plan(plan: Plan) -> bytes:
+    """What `decode_plan` reads back equal."""
+    out = Writer()
+    out.pack(_NUMBER, plan.number)
+    for name in _ARRAYS:
+        out.ints(getattr(plan, name))
+    for name in _BY_COLUMN:
+        columns: list[array[int]] = getattr(plan, name)
+        out.pack(_COUNT, len(columns))
+        for column in columns:
+            out.ints(column)
+    out.pack(_COUNT, len(plan.admits))
+    for admit in plan.admits:
+        out.pack(_ADMIT, admit.slot, admit.sequence_id, admit.sample_index, admit.prompt_length)
+        out.blob(_encode_params(admit.params))
+        out.ints(admit.tokens)
+        out.ints(array("i", admit.eos_token_ids))
+    return out.bytes()
+
+
+def decode_plan(data: bytes) -> Plan:
+    """Raises BadFrame."""
+    read = Reader(data)
+    (number,) = read.unpack(_NUMBER)
+    plan = Plan(PlanNumber(int(number)))
+    for name in _ARRAYS:
+        setattr(plan, name, read.ints())
+    for name in _BY_COLUMN:
+        setattr(plan, name, [read.ints() for _ in range(read.count())])
+    for _ in range(read.count()):
+        slot, sequence, sample_index, prompt_length = map(int, read.unpack(_ADMIT))
+        params = _decode_params(read.blob())
+        tokens, eos = read.ints(), tuple(read.ints())
+        plan.admits.append(Admit(slot, SequenceId(sequence), sample_index, params, prompt_length, tokens, eos))
+    read.end()
+    return plan
+
+
+def _encode_params(params: SamplingParams) -> bytes:
+    """As JSON, what differs from the defaults: a step can admit hundreds."""
+    values = {name: value for name, default in _DEFAULTS if (value := getattr(params, name)) != default}
+    if "logit_bias" in values:
+        values["logit_bias"] = list(values["logit_bias"].items())
+    return json.dumps(values).encode()
+
+
+def _decode_params(data: bytes) -> SamplingParams:
+    try:
+        values = json.loads(data)
+        if "logit_bias" in values:
+            values["logit_bias"] = {int(token): float(bias) for token, bias in values["logit_bias"]}
+        for name in _TUPLES:
+            if name in values:
+                values[name] = tuple(values[name])
+        return SamplingParams(**values)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadFrame(f"no sampling parameters ({type(error).__name__})") from None
+
+
+def encode_result(result: StepResult) -> bytes:
+    """What `decode_result` reads back equal."""
+    out = Writer()
+    out.pack(_NUMBER, result.number)
+    out.ints(result.tokens)
+    out.ints(array("i", result.logprobs))
+    _write_logprobs(out, result.logprobs.values())
+    _write_logprobs(out, result.scores)
+    out.ints(array("i", result.failed))
+    for why in result.failed.values():
+        out.blob(why.encode())
+    return out.bytes()
+
+
+def decode_result(data: bytes) -> StepResult:
+    """Raises BadFrame."""
+    read = Reader(data)
+    (number,) = read.unpack(_NUMBER)
+    result = StepResult(PlanNumber(int(number)), read.ints())
+    entries = read.ints()
+    found = _read_logprobs(read)
+    if len(found) != len(entries):
+        raise BadFrame(f"{len(found)} logprobs for {len(entries)} entries")
+    result.logprobs = dict(zip(entries, found, strict=True))
+    result.scores = _read_logprobs(read)
+    result.failed = {entry: read.blob().decode(errors="replace") for entry in read.ints()}
+    read.end()
+    return result
+
+
+def _write_logprobs(out: Writer, many: Iterable[TokenLogprobs]) -> None:
+    many = list(many)
+    out.pack(_COUNT, len(many))
+    for each in many:
+        out.pack(_LOGPROBS, each.logprob, each.rank, len(each.top))
+        for token, logprob in each.top:
+            out.pack(_TOP, token, logprob)
+
+
+def _read_logprobs(read: Reader) -> list[TokenLogprobs]:
+    found = []
+    for _ in range(read.count()):
+        logprob, rank, num_top = read.unpack(_LOGPROBS)
+        top = tuple((int(token), value) for token, value in (read.unpack(_TOP) for _ in range(int(num_top))))
+        found.append(TokenLogprobs(logprob, int(rank), top))
+    return found

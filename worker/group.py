@@ -1,0 +1,168 @@
+"""Group: the collectives of one rank for one epoch, formed by the leader's word and never mended.
+
+    Form(epoch, members) --> Group --> tensor: the T ranks of the stage      sums of partial rows, logits
+                                       slice: the G ranks of the slice       queries, partial attention
+                                       previous, next: the neighbour stages  hidden rows
+       an error, a death --> abort --> every wait ends in PeersBroken --> close; the next Form makes the next Group
+
+Ranks of one host share memory, others meet in gloo; each group of ranks takes the one that all its members can, where
+`Ways` does not say gloo for all.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from kernels.peers import Peers, PeersBroken, Ring, SharedPeers
+from quire_pb.worker.v1 import worker_pb2 as pb
+from worker.broadcast import IDLE_TIMEOUT, Broadcast, Star, TorchBroadcast
+from worker.channel import Channel
+from worker.gloo import GlooRing, World
+from worker.layout import Layout, Part
+from worker.segment import RING_SLOTS, Plan, Sizes, open_segment
+from worker.ways import Ways
+
+
+class Hidden(Protocol):
+    """One direction of hidden rows between two ranks; see `kernels.peers.Ring`."""
+
+    def slot(self) -> torch.Tensor: ...
+    def publish(self, tag: int, num_bytes: int) -> None: ...
+    def receive(self) -> tuple[int, torch.Tensor]: ...
+    def release(self) -> None: ...
+    def abort(self) -> None: ...
+
+
+class Group:
+    """See the module.
+
+    Attributes:
+        epoch: of which this group is the one life.
+        tensor, slice: None where the rank would be alone.
+        previous, next: None on the first and the last stage.
+    """
+
+    def __init__(self, part: Part, sizes: Sizes, form: pb.Form, ways: Ways) -> None:
+        self.epoch = int(form.epoch)
+        self.tensor: Peers | None = None
+        self.slice: Peers | None = None
+        self.previous: Hidden | None = None
+        self.next: Hidden | None = None
+        self._everybody: dist.ProcessGroup | None = None
+        self._part, self._sizes, self._members, self._ways = part, sizes, form.members, ways
+        self._store = form.store
+        self._plan = Plan(part.layout, sizes)
+        self._memory: mmap.mmap | None = None
+        self._world = World() if form.store else None
+        self._is_over = False
+
+    def form(self) -> None:
+        """Meet the others.
+
+        Raises:
+            OSError, ValueError, RuntimeError: a member is gone, or `abort` was called; `close` is due all the same.
+        """
+        layout = self._part.layout
+        if self._world is not None:
+            own = self._members[self._part.rank].address
+            self._world.form(self._store, self.epoch, self._part.rank, layout.num_ranks, own)
+        self._form(layout)
+        if self._ways.plans_by_torch:
+            assert self._world is not None
+            self._everybody = self._world.group(range(layout.num_ranks), IDLE_TIMEOUT)
+        if self._world is not None:
+            self._world.seal()
+        if self._is_over:  # it may have come before there was anything to abort
+            self.abort()
+            raise PeersBroken("the epoch was over before it began")
+
+    def make_broadcast(self, channels: Mapping[int, Channel]) -> Broadcast:
+        """The way of plans in this epoch.
+
+        Args:
+            channels: to the other ranks, by number, on the leader; to rank 0 on others.
+        """
+        if self._everybody is None:
+            return Star(channels)
+        return TorchBroadcast(self._everybody)
+
+    def abort(self) -> None:
+        """End every wait in this group, of all ranks whose memory this one maps. From any thread, at any time."""
+        self._is_over = True
+        for each in (self.tensor, self.slice, self.previous, self.next):
+            if each is not None:
+                each.abort()
+        if self._world is not None:
+            self._world.abort()
+
+    def close(self) -> None:
+        """Give everything back. No thread may wait in this group."""
+        self.abort()
+        self.tensor = self.slice = self.previous = self.next = self._everybody = None
+        if self._world is not None:
+            self._world.close()
+        self._memory = None  # unmapped with the last tensor that looks into it
+
+    def _form(self, layout: Layout) -> None:
+        """Every rank walks through all groups in the same order, as gloo wants it, and keeps its own."""
+        part = self._part
+        for stage in range(layout.pipeline):
+            first = stage * layout.tensor
+            if layout.tensor > 1:
+                found = self._peers(range(first, first + layout.tensor), "tensor", stage, 0, self._sizes.tensor)
+                self.tensor = found or self.tensor
+            for each in range(layout.num_slices if layout.page > 1 else 0):
+                start = first + each * layout.page
+                found = self._peers(range(start, start + layout.page), "slice", stage, each, self._sizes.slice)
+                self.slice = found or self.slice
+        if part.stage > 0:
+            self.previous = self._ring(part.rank - layout.tensor, part.rank)
+        if part.stage + 1 < layout.pipeline:
+            self.next = self._ring(part.rank, part.rank + layout.tensor)
+
+    def _peers(self, ranks: range, kind: str, stage: int, number: int, capacity: int) -> Peers | None:
+        own = self._part.rank
+        if self._share_memory(ranks):
+            if own not in ranks:
+                return None
+            offset = self._plan.offset(kind, stage, number)
+            return SharedPeers(self._map(), offset, own - ranks.start, len(ranks), capacity)
+        assert self._world is not None
+        group = self._world.group(ranks)
+        if own not in ranks or group is None:
+            return None
+        return self._world.peers(group, own - ranks.start, len(ranks), capacity)
+
+    def _ring(self, sender: int, receiver: int) -> Hidden:
+        if self._share_memory((sender, receiver)):
+            stage, rank = divmod(sender, self._part.layout.tensor)
+            return Ring(self._map(), self._plan.offset("ring", stage, rank), RING_SLOTS, self._sizes.ring)
+        own = self._part.rank
+        return GlooRing(own, receiver if own == sender else sender, RING_SLOTS, self._sizes.ring)
+
+    def _share_memory(self, ranks: Sequence[int]) -> bool:
+        return share_memory(self._members, ranks, self._ways)
+
+    def _map(self) -> mmap.mmap:
+        if self._memory is None:
+            host = self._members[self._part.rank].host
+            first = next(member for member in self._members if member.host == host)
+            self._memory = open_segment(first.segment, self._plan.num_bytes)
+        return self._memory
+
+
+def share_memory(members: Sequence[pb.RankReady], ranks: Sequence[int], ways: Ways) -> bool:
+    """Whether all these ranks are on one host, and shall use its memory."""
+    return ways.shares_memory and len({members[rank].host for rank in ranks}) == 1
+
+
+def needs_store(layout: Layout, members: Sequence[pb.RankReady], ways: Ways) -> bool:
+    """Whether some ranks that must talk to each other do so through torch.distributed."""
+    stages = [range(s * layout.tensor, (s + 1) * layout.tensor) for s in range(layout.pipeline)]
+    neighbours = [(rank, rank + layout.tensor) for rank in range(layout.num_ranks - layout.tensor)]
+    return ways.plans_by_torch or not all(share_memory(members, ranks, ways) for ranks in [*stages, *neighbours])
