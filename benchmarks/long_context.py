@@ -16,7 +16,6 @@ The peer in the same run is the attention kernel alone, on one core. Others on t
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import json
 import os
@@ -24,9 +23,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,196 +33,20 @@ import torch
 from benchmarks.line_chart import line_chart
 from benchmarks.long_model import HEAD_DIM, HEADS, KV_HEADS, LAYERS, VOCAB, write_long_model
 from benchmarks.long_rows import Errors, Exact, check_rows, read_back
+from benchmarks.long_shard import AT_ONCE, Settings, Shard, Step, peak_bytes, shard
 from kernels import ops
 from kernels.ops import Mask, PageList
-from kernels.peers import Peers
-from launch.llm import LLM
 from launch.models.recall import make_recall
 from launch.models.recall_text import EOS, KEYS, make_context
 from pagetable.errors import QuireError
 from pagetable.sampling import SamplingParams
-from worker.plan import Plan
-from worker.ranks import Ranks
 
 TOLERANCE = 3e-3
-ROOM = 64  # tokens behind the context: answers, and questions of the recall model
 OUTPUTS = 5  # so that of the last 8 positions half were prompt, half were decoded
 RANDOM_ROWS, LAST_ROWS = 64, 8
-QUESTIONS, AT_ONCE = 64, 8
+QUESTIONS = 64
 SHORTEST = 1024  # context at which decoding is timed
 DECODES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What is run.
-
-    Attributes:
-        length: tokens of the context.
-        share: of the context's pages that one device has blocks for.
-        step_tokens: of a prompt in one step.
-    """
-
-    length: int
-    devices: int = 8
-    share: float = 0.14
-    block_size: int = 16
-    step_tokens: int = 1024
-    seed: int = 0
-
-    @property
-    def device_blocks(self) -> int:
-        pages = -(-self.length // self.block_size)
-        return int(pages * self.share) + 1
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One step as the leader saw it.
-
-    Attributes:
-        context: tokens behind it.
-        cpu: seconds of all ranks together.
-        metadata: bytes of plans, to all ranks together.
-        sums, attention: bytes that each rank gave to all: partial sums and the head's; queries and partial attention.
-    """
-
-    context: int
-    tokens: int
-    seconds: float
-    cpu: float
-    metadata: int
-    sums: int
-    attention: int
-
-
-class Counted:
-    """Bytes that this rank gives in a group's exchanges, native ones included."""
-
-    def __init__(self, peers: Peers) -> None:
-        self.num_bytes = self.turns = 0
-        self._peers = peers
-        kind = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-        self._address = peers.struct.exchange
-        native = kind(self._address)
-
-        def exchange(context: int, parity: int, num_bytes: int) -> int:
-            self.turns, self.num_bytes = self.turns + 1, self.num_bytes + num_bytes
-            return int(native(context, parity, num_bytes))
-
-        self._ours = kind(exchange)
-        peers.struct.exchange = ctypes.cast(self._ours, ctypes.c_void_p)
-
-    def stop(self) -> None:
-        self._peers.struct.exchange = self._address
-
-
-class Shard:
-    """An engine over all devices whose steps are measured.
-
-    Attributes:
-        steps: all so far.
-        rows: position -> float32 [hidden], the residual stream behind the last layer, where `wanted` names it.
-    """
-
-    def __init__(self, llm: LLM, ranks: Ranks) -> None:
-        self.llm, self.ranks = llm, ranks
-        self.steps: list[Step] = []
-        self.wanted: set[int] = set()
-        self.rows: dict[int, torch.Tensor] = {}
-        self._plan: Plan | None = None
-        llm.loop.on_plan = self._see
-        runner = ranks.runner
-        assert runner is not None and runner.group is not None
-        assert runner.group.tensor is not None and runner.group.slice is not None
-        self._runner = runner
-        self._sums, self._attention = Counted(runner.group.tensor), Counted(runner.group.slice)
-        forward: Callable[..., torch.Tensor] = runner.model.forward
-
-        def watched(batch: Any, *arguments: Any) -> torch.Tensor:
-            hidden = forward(batch, *arguments)
-            for row, position in enumerate(batch.positions.tolist() if self.wanted else ()):
-                if position in self.wanted:
-                    self.rows[position] = hidden[row].clone()
-            return hidden
-
-        runner.model.forward = watched  # type: ignore[method-assign, assignment]
-
-    @property
-    def cpu(self) -> float:
-        return sum(map(cpu_seconds, self.llm.pids))
-
-    def close(self) -> None:
-        self._sums.stop()
-        self._attention.stop()
-
-    def step(self) -> None:
-        """One step of the engine."""
-        self._plan = None
-        before = (self.cpu, self.ranks.num_plan_bytes, self._sums.num_bytes, self._attention.num_bytes)
-        began = time.perf_counter()
-        self.llm.step()
-        seconds = time.perf_counter() - began
-        after = (self.cpu, self.ranks.num_plan_bytes, self._sums.num_bytes, self._attention.num_bytes)
-        cpu, *counts = (b - a for a, b in zip(before, after, strict=True))
-        plan: Plan | None = self._plan
-        if plan is not None and plan.num_rows == 1:
-            context = plan.first_position[0] + plan.num_tokens
-            self.steps.append(Step(context, plan.num_tokens, seconds, cpu, *map(int, counts)))
-
-    def run(self, prompt: Sequence[int], outputs: int) -> tuple[list[int], list[tuple[int, int]], list[Step]]:
-        """One request to its end: its outputs, its pages, its steps."""
-        first = len(self.steps)
-        name = self.llm.add_request(
-            {"prompt_token_ids": prompt, "max_tokens": outputs, "temperature": 0.0, "ignore_eos": True}
-        )
-        while self.llm.loop.has_work:
-            self.step()
-        (sample,) = self.llm.pop(name).outputs
-        return sample.token_ids, sample.pages, self.steps[first:]
-
-    def _see(self, plan: Plan) -> None:
-        self._plan = plan
-
-
-@contextmanager
-def shard(folder: Path, settings: Settings) -> Iterator[Shard]:
-    """Start a process for each device. Errors as `LLM`."""
-    llm = LLM(
-        str(folder),
-        dtype="bfloat16",
-        block_size=settings.block_size,
-        max_model_len=settings.length + ROOM,
-        num_gpu_blocks_override=settings.devices * settings.device_blocks,
-        max_num_seqs=AT_ONCE,
-        max_num_batched_tokens=settings.step_tokens,
-        tensor_parallel_size=settings.devices,
-        page_parallel_size=settings.devices,
-        threads=1,
-        seed=settings.seed,
-    )
-    try:
-        ranks = llm.loop.pipe
-        assert isinstance(ranks, Ranks), "several devices are several ranks"
-        found = Shard(llm, ranks)
-        yield found
-        found.close()
-    finally:
-        llm.close()
-
-
-def cpu_seconds(pid: int) -> float:
-    """Of all threads of a process so far, to the kernel's hundredth."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def peak_bytes(pid: int) -> int:
-    """Of memory that a process had resident at once."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) << 10
-    raise OSError(f"/proc/{pid}/status has no VmHWM")
 
 
 def attention_flops(start: int, stop: int) -> int:
@@ -358,25 +179,26 @@ def run_recall(folder: Path, settings: Settings) -> dict[str, Any]:
     )
     asked = rng.sample(list(context.facts), QUESTIONS)
     greedy = SamplingParams(temperature=0.0, max_tokens=2)
-    right, devices, began = 0, set[int](), time.perf_counter()
-    read = 0.0
     with shard(folder, settings) as ranks:
-        for group in (asked[:1], *(asked[at : at + AT_ONCE] for at in range(1, QUESTIONS, AT_ONCE))):
-            for key, output in zip(
-                group, ranks.llm.generate([[*context.token_ids, key] for key in group], greedy), strict=True
-            ):
-                right += output.outputs[0].token_ids == [context.facts[key], EOS]
-                devices |= {device for device, _ in output.outputs[0].pages}
-            read = read or time.perf_counter() - began
+        began = time.perf_counter()
+        first, pages, _ = ranks.run([*context.token_ids, asked[0]], 2)  # computes the pages that the others share
+        read = time.perf_counter() - began
+        answers, devices = {asked[0]: first}, {device for device, _ in pages}
+        for at in range(1, QUESTIONS, AT_ONCE):
+            some = asked[at : at + AT_ONCE]
+            outputs = ranks.llm.generate([[*context.token_ids, key] for key in some], greedy)
+            answers |= {key: output.outputs[0].token_ids for key, output in zip(some, outputs, strict=True)}
+        rest = time.perf_counter() - began - read
         memory = [peak_bytes(pid) for pid in ranks.llm.pids]
+    right = sum(answers[key] == [context.facts[key], EOS] for key in asked)
     return {
         "what": "recall",
         **dataclasses.asdict(settings),
         "questions": QUESTIONS,
         "answered_right": right,
-        "devices": len(devices),
+        "devices_read": len(devices),
         "first_answer_seconds": round(read, 1),
-        "seconds_per_question_after": round((time.perf_counter() - began - read) / (QUESTIONS - 1), 2),
+        "seconds_per_question_after": round(rest / (QUESTIONS - 1), 2),
         "peak_bytes": memory,
         "right": right == QUESTIONS and len(devices) == settings.devices,
     }

@@ -33,6 +33,7 @@ MAX_DEATHS, DEATHS_SECONDS = 3, 60.0
 REGISTER_SECONDS = 1.0
 RETRY_SECONDS = 0.2
 STOP_SECONDS = 5.0
+OVER_SECONDS = 0.5  # in which a leader of several ranks says that it has ended an epoch itself
 
 
 class Say(Protocol):
@@ -89,6 +90,7 @@ class Keeper:
         self._say, self._now = say, now
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._child: Child | None = None
+        self._fences: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._epoch = int(time.time() * 1000)
         self._lives = 0
@@ -104,7 +106,8 @@ class Keeper:
         try:
             return await self._supervise()
         finally:
-            report.cancel()
+            for task in (report, *self._fences):
+                task.cancel()
             if self._child is not None:
                 await self._child.stop(STOP_SECONDS)
             await asyncio.gather(report, return_exceptions=True)
@@ -195,4 +198,15 @@ class Keeper:
         if fence.shard_id != self.shard_id or fence.epoch != self._epoch or self._child is None:
             return
         _log.warning("shard %d, epoch %d is fenced: %s", self.shard_id, fence.epoch, fence.why)
-        self._child.kill()
+        if "leader" in self._settings:
+            self._fences.add(task := asyncio.create_task(self._fence_later(fence.epoch, self._child), name="fence"))
+            task.add_done_callback(self._fences.discard)
+        else:
+            self._child.kill()
+
+    async def _fence_later(self, epoch: int, child: Child) -> None:
+        """A leader that lost a rank parts from all who are connected, so the scheduler can know before its keeper does.
+        Killed for that, it would lose its weights."""
+        await asyncio.sleep(OVER_SECONDS)
+        if self._epoch == epoch and self._child is child:
+            child.kill()

@@ -16,6 +16,7 @@ from launch.machine import available_cores
 from pagetable.errors import ConfigError, NotSupported
 from pagetable.ids import MAX_BLOCKS
 from worker.layout import Layout
+from worker.ways import TABLE_BROADCASTS, Ways
 
 UNITS = {
     "B": 1,
@@ -179,6 +180,12 @@ class EngineConfig:
     data_parallel_size: int = setting(
         1, "int", "replicas of the model; more than one under `quire serve`", low=1, high=1024, short="-dp"
     )
+    table_broadcast: str = setting(
+        "auto",
+        "choice",
+        "how steps and their table changes reach the ranks of a shard; auto is sockets on CPUs",
+        choices=TABLE_BROADCASTS,
+    )
 
     def __post_init__(self) -> None:
         for name, known in SETTINGS.items():
@@ -196,6 +203,11 @@ class EngineConfig:
     def layout(self) -> Layout:
         """The ranks of a shard."""
         return Layout(self.tensor_parallel_size, self.pipeline_parallel_size, self.page_parallel_size)
+
+    @property
+    def ways(self) -> Ways:
+        """How the ranks of a shard talk to each other."""
+        return Ways(table_broadcast=self.table_broadcast)
 
     def check_one_process(self) -> None:
         """NotSupported where this configuration needs the processes of `quire serve`."""

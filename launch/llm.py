@@ -325,7 +325,7 @@ class LLM:
 
     def _load(self, folder: Path, progress: RankProgress | None) -> Loop:
         plan, config = self.plan, self.config
-        spec = ShardSpec(folder, self.model_config, plan.shard, plan.dtype, config.layout)
+        spec = ShardSpec(folder, self.model_config, plan.shard, plan.dtype, config.layout, ways=config.ways)
         own = None if progress is None else partial(progress, 0)
         if config.layout.num_ranks == 1:
             return make_loop(spec, Inline(build_runner(spec, 0, config.num_threads, own)))

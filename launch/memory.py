@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from launch.config import EngineConfig, show_size
 from launch.machine import available_memory
 from pagetable.errors import ConfigError
 from pagetable.ids import MAX_BLOCKS
 from worker.config import ShardConfig
+from worker.layout import Layout
 from worker.model_config import ModelConfig
 
 _POOL_SHARE = 0.5  # of what is free beside the weights, where nothing sizes the pool
@@ -34,6 +35,7 @@ class MemoryPlan:
     max_model_len: int
     clamped: bool
     shard: ShardConfig
+    layout: Layout = field(default_factory=Layout)
 
     @classmethod
     def make(cls, config: EngineConfig, model: ModelConfig, free: int | None = None) -> MemoryPlan:
@@ -84,7 +86,7 @@ class MemoryPlan:
         if num_blocks < layout.page:
             limit = f"be at least page_parallel_size, {layout.page}: each group holds pages"
             raise ConfigError("num_gpu_blocks_override", num_blocks, limit, "give the pool more memory")
-        return cls(dtype, weights, block, num_blocks, length, clamped, shard)
+        return cls(dtype, weights, block, num_blocks, length, clamped, shard, layout)
 
     def describe(self) -> list[str]:
         """The lines that people see at start: weights, pages, tokens, requests that fit."""
@@ -93,13 +95,19 @@ class MemoryPlan:
         tokens, pool = self.num_blocks * size, _about(self.num_blocks * self.block_bytes)
         full = self.num_blocks / -(-self.max_model_len // size)
         lines = [
-            f"weights {_about(self.weight_bytes)} as {self.dtype}",
+            f"weights {_about(self.weight_bytes)} as {self.dtype}{self._over_ranks()}",
             f"pool {pool}{kind}: {self.num_blocks} pages of {size} tokens = {tokens} tokens; {full:.1f} requests of "
             f"max_model_len {self.max_model_len} fit at once (max_num_seqs {self.shard.max_num_seqs})",
         ]
         if self.clamped:
             lines.append(f"max_model_len is {self.max_model_len} because the pool holds no more; give it more memory")
         return lines
+
+    def _over_ranks(self) -> str:
+        ranks = self.layout
+        if ranks.num_ranks == 1:
+            return ""
+        return f" over {ranks.num_ranks} ranks (tensor {ranks.tensor}, pipeline {ranks.pipeline}, page {ranks.page})"
 
 
 def _num_blocks(config: EngineConfig, block: int, weights: int, pages: int, free: int | None) -> int:

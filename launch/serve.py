@@ -28,6 +28,7 @@ from launch.serve_flags import ServeConfig, choose_port, read_serve
 from pagetable.errors import ConfigError
 from worker.layout import Layout
 from worker.model_config import ModelConfig
+from worker.ways import Ways
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _EXAMPLE = "Once upon a time"
@@ -78,6 +79,7 @@ def make_plan(config: ServeConfig, engine: EngineConfig) -> tuple[ServicePlan, l
                 "shard": dataclasses.asdict(memory.shard),
             },
             layout,
+            engine.ways,
         )
     )
     port = choose_port("--port", config.host, config.port)
@@ -113,11 +115,15 @@ def make_plan(config: ServeConfig, engine: EngineConfig) -> tuple[ServicePlan, l
     return plan, lines
 
 
-def _ranks(shard: dict[str, Any], layout: Layout) -> list[dict[str, Any]]:
+def _ranks(shard: dict[str, Any], layout: Layout, ways: Ways) -> list[dict[str, Any]]:
     """The settings of each rank of a shard, from those that all have."""
     if layout.num_ranks == 1:
         return [shard]
-    more = {"layout": dataclasses.asdict(layout), "leader_port": choose_port("ranks", "127.0.0.1", 0)}
+    more = {
+        "layout": dataclasses.asdict(layout),
+        "ways": dataclasses.asdict(ways),
+        "leader_port": choose_port("ranks", "127.0.0.1", 0),
+    }
     return [{**shard, **more, "rank": rank} for rank in range(layout.num_ranks)]
 
 

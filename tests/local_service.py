@@ -7,7 +7,7 @@ import os
 import random
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc.aio
@@ -41,8 +41,9 @@ class Running:
     ports: dict[str, int]
     notes: list[str]
 
-    def worker(self, index: int) -> int:
-        (pid,) = children(self.service.parts[f"keeper-{index}"].pid)
+    def worker(self, index: int, rank: int = 0) -> int:
+        """The present process of a shard's rank."""
+        (pid,) = children(self.service.parts[f"keeper-{index}.{rank}" if rank else f"keeper-{index}"].pid)
         return pid
 
     @asynccontextmanager
@@ -64,11 +65,17 @@ class Running:
 
 
 @asynccontextmanager
-async def running(model: str, **fields: Any) -> AsyncIterator[Running]:
-    """A service of two shards; `fields` are the engine's. On the way out: stopped, and nothing of it is left."""
+async def running(model: str, *, place_seconds: float | None = None, **fields: Any) -> AsyncIterator[Running]:
+    """A service of two shards; `fields` are the engine's. On the way out: stopped, and nothing of it is left.
+
+    Args:
+        place_seconds: how long the front lets a stream wait for a shard that starts anew, where there is no other one.
+    """
     notes: list[str] = []
     config = ServeConfig(port=0, ray=False, drain_seconds=0.0)
-    plan, _ = make_plan(config, EngineConfig(model, data_parallel_size=2, **{**SMALL, **fields}))
+    plan, _ = make_plan(config, EngineConfig(model, **{"data_parallel_size": 2, **SMALL, **fields}))
+    if place_seconds is not None:
+        plan = replace(plan, front={**plan.front, "limits": {"place_seconds": place_seconds}})
     service = LocalService(plan, notes.append)
     shm, pipes = set(os.listdir("/dev/shm")), files(os.getpid(), "pipe:")
     processes = Processes(os.getpid())

@@ -143,7 +143,7 @@ class World:
 
 
 class _Gather:
-    """Of `kernels.peers.CallbackPeers`, which refer to themselves: the group must not wait for a collection of garbage."""
+    """Of a CallbackPeers, which refers to itself: its group must not wait until that is found."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group: dist.ProcessGroup | None = group

@@ -12,12 +12,10 @@ ranks whose tables could differ find out before they compute.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import logging
 import math
 import queue
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +30,7 @@ from quire_pb.worker.v1 import worker_pb2 as pb
 from worker.broadcast import Broadcast
 from worker.channel import Channel
 from worker.codec import decode_result, encode_plan
+from worker.door import Door
 from worker.group import Group, needs_store
 from worker.layout import Part
 from worker.loop import EpochOver
@@ -47,10 +46,10 @@ _log = logging.getLogger(__name__)
 PING_SECONDS = 1.0
 MAX_UNANSWERED = 5  # pings in a row: the rank is stopped or its host is gone
 LEAVE_SECONDS = 15.0  # a rank that answers but has not left its epoch by then is ended
+HANG_SECONDS = 2.0  # the same of one whose step has run for longer than any may
 FORM_SECONDS = 30.0  # for all ranks to come in once all are ready
 BLAME_SECONDS = 0.5  # whoever broke an epoch has said so by then; others only see it broken
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.05, 2.0  # between tries to form
-MAX_GREETINGS = 64  # connections that have proven nothing yet
 DIGEST_BYTES = 8
 
 
@@ -71,6 +70,7 @@ class _Member:
     control: Channel
     ready: pb.RankReady | None = None
     formed: int = 0
+    step_age: float = 0.0  # seconds that its step had run when it last answered
     unanswered: int = 0  # pings; not seconds: a leader that was stopped itself blames nobody for it
     why: str = ""  # it had to go
     since: float = field(default_factory=time.monotonic)
@@ -93,7 +93,6 @@ class Ranks:
     Attributes:
         runner: the leader's own; to be set before the first epoch. Ranks may come before.
         step_seconds: a plan that has not come back by then ends its epoch; who does not leave then hangs and is ended.
-        num_bad_frames: connections that ended because of what came over them.
         num_plan_bytes: of all plans sent, to all ranks together.
     """
 
@@ -111,7 +110,7 @@ class Ranks:
         self.on_over = on_over
         self.step_seconds = math.inf
         self.epoch = 0
-        self.num_bad_frames = 0
+        self._num_bad_frames = 0  # beside those at the door
         self.num_plan_bytes = 0
         self._sizes, self._identity, self._secret = sizes, identity, secret
         self._ways = ways or Ways()
@@ -121,14 +120,13 @@ class Ranks:
         self._broadcast: Broadcast | None = None
         self._num_out = 0  # plans without a result
         self._num_moves = 0  # plans sent and results received
-        self._greetings = threading.Semaphore(MAX_GREETINGS)
         self._changed = threading.Condition()
         self._group: Group | None = None
         self._over: str | None = "no epoch has begun"
         self._chain = Chain()
         self._own: queue.SimpleQueue[Plan | None] = queue.SimpleQueue()
         self._computing: threading.Thread | None = None
-        self._listener: socket.socket | None = None
+        self._door: Door | None = None
         self._closed = False
         self._stopped = threading.Event()
 
@@ -136,12 +134,14 @@ class Ranks:
 
     def listen(self, host: str, port: int) -> tuple[str, int]:
         """Let ranks come; returns where. Raises OSError."""
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, port), family=family, backlog=64)
-        threading.Thread(target=self._accept, name="ranks", daemon=True).start()
+        self._door = Door(host, port, self.layout.num_ranks, self._secret, self._enter)
         threading.Thread(target=self._watch, name="rank watch", daemon=True).start()
-        found = self._listener.getsockname()
-        return str(found[0]), int(found[1])
+        return self._door.address
+
+    @property
+    def num_bad_frames(self) -> int:
+        """Connections that ended because of what came over them."""
+        return self._num_bad_frames + (self._door.num_bad if self._door is not None else 0)
 
     def close(self) -> None:
         """End the epoch and every connection: the ranks' processes look for another leader. From any thread."""
@@ -149,54 +149,18 @@ class Ranks:
         self._stopped.set()
         self.end("the leader has ended")
         self._own.put(None)  # behind whatever it has to run yet
-        if self._listener is not None:
-            with contextlib.suppress(OSError):  # `close` alone would leave `accept` waiting, and the port taken
-                self._listener.shutdown(socket.SHUT_RDWR)
-            self._listener.close()
+        if self._door is not None:
+            self._door.close()
         with self._changed:
             for member in self._members.values():
                 member.control.shut()
             self._changed.notify_all()
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        while not self._closed:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError as error:
-                if self._closed or error.errno in (errno.EBADF, errno.EINVAL):
-                    return
-                time.sleep(RETRY_SECONDS)  # no descriptor is free, or the peer has gone again
-                continue
-            if not self._greetings.acquire(blocking=False):
-                self.num_bad_frames += 1
-                connection.close()
-                continue
-            threading.Thread(target=self._meet, args=(connection,), name="rank", daemon=True).start()
-
-    def _meet(self, connection: socket.socket) -> None:
-        """A connection: to the end of its greeting, or of a rank's control connection."""
-        try:
-            try:
-                channel, name = Channel.welcome(connection, self._secret)
-            finally:
-                self._greetings.release()
-            rank_text, _, purpose = name.partition("/")
-            rank = int(rank_text)
-            try:
-                if not 0 < rank < self.layout.num_ranks:
-                    raise BadFrame(f"there is no rank {rank}")
-                epoch = None if purpose == "control" else int(purpose)
-            except (BadFrame, ValueError):
-                channel.shut()
-                raise
-            if epoch is None:
-                self._serve(rank, channel)
-            else:
-                self._keep(rank, epoch, channel)
-        except (OSError, BadFrame, ValueError) as error:
-            self.num_bad_frames += 1
-            _log.warning("a rank's connection: %s", error)
+    def _enter(self, channel: Channel, rank: int, epoch: int | None) -> None:
+        if epoch is None:
+            self._serve(rank, channel)
+        else:
+            self._keep(rank, epoch, channel)
 
     def _keep(self, rank: int, epoch: int, channel: Channel) -> None:
         """A rank's connection for the plans of one epoch."""
@@ -230,7 +194,7 @@ class Ranks:
         except OSError as error:
             why = member.why or str(error) or why
         except (BadFrame, DecodeError) as error:
-            self.num_bad_frames += 1
+            self._num_bad_frames += 1
             why = str(error)
         with self._changed:
             is_present = self._members.get(rank) is member
@@ -246,6 +210,8 @@ class Ranks:
         member.unanswered = 0
         if kind is Kind.RANK_READY:
             self._welcome(rank, member, pb.RankReady.FromString(payload))
+        elif kind is Kind.PONG:
+            member.step_age = pb.Pong.FromString(payload).step_age_seconds
         elif kind is Kind.FORMED:
             formed = pb.Formed.FromString(payload)
             with self._changed:
@@ -430,9 +396,10 @@ class Ranks:
                     names = ", ".join(f"{rank} ({self._refused.get(rank, 'it has not come')})" for rank in missing)
                     raise EpochOver(f"epoch {epoch} cannot begin without rank {names}")
                 for rank, member in found.items():  # it answers, but hangs in a step: its keeper starts it anew
-                    if member.ready is None and now - max(began, member.since) > LEAVE_SECONDS:
+                    limit = HANG_SECONDS if member.step_age > self.step_seconds else LEAVE_SECONDS
+                    if member.ready is None and now - max(began, member.since) > limit:
                         _log.warning("rank %d does not leave its epoch: it has to end", rank)
-                        self._fence(member, f"it has not left its epoch for {LEAVE_SECONDS:.0f} s")
+                        self._fence(member, f"it has not left its epoch for {limit:.0f} s")
                 self._changed.wait(1.0 if patience is None else min(1.0, patience))
 
     def _fence(self, member: _Member, why: str) -> None:
@@ -461,8 +428,8 @@ class Ranks:
         return self.runner
 
     def _own_address(self) -> str:
-        assert self._listener is not None
-        return str(self._listener.getsockname()[0])
+        assert self._door is not None
+        return self._door.address[0]
 
     def check(self) -> None:
         """Raises EpochOver where the epoch is over."""

@@ -195,7 +195,9 @@ FLAGS: list[tuple[tuple[str, ...], str, str, int]] = [
     (("--max-model-len", "0"), "--max-model-len", "from 1 to 2147483647", 2),
     (("--max-num-seqs", "64", "--max-num-batched-tokens", "79"), "max_num_batched_tokens", "= 80, so that", 2),
     (("--dtype", "float16"), "--dtype", "one of auto, float32, bfloat16", 2),
-    (("-tp", "3"), "--tensor-parallel-size", "must be 1", 1),
+    (("-tp", "3"), "tensor_parallel_size", "query heads; possible: 1, 2", 2),
+    (("-tp", "4", "--page-parallel-size", "3"), "page_parallel_size", "divide tensor_parallel_size (4)", 2),
+    (("-pp", "9"), "pipeline_parallel_size", "at most the model's 4 layers; possible: 1 to 4", 2),
     (("--seed", "-1"), "--seed", "from 0 to", 2),
     (("--tempratur", "1"), "--tempratur", "did you mean --temperature?", 2),
 ]  # fmt: skip

@@ -230,7 +230,7 @@ def test_a_step_that_runs_for_too_long_ends_its_epoch_and_the_rank_that_does_not
     small: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.ranks.PING_SECONDS", 0.05)
-    monkeypatch.setattr("worker.ranks.LEAVE_SECONDS", 0.5)
+    monkeypatch.setattr("worker.ranks.HANG_SECONDS", 0.5)
     released = threading.Event()
 
     def hang(runner: Recorder, plan: Plan) -> None:
@@ -294,9 +294,10 @@ def test_twenty_epochs_leave_no_file_thread_or_mapping(layout: Layout, small: Mo
             assert it.step(epoch) == it.expected(epoch)
             found.append(Counts())
             it.ranks.end("a test wants it")
-        assert len({each.threads for each in found}) == 1, found
+        few = layout.num_ranks  # of an epoch, perhaps not gone yet: a leak would have twenty times as many
+        assert max(each.threads for each in found) <= found[0].threads + few, found
         assert {each.shared for each in found} == {layout.num_ranks}, found
-        assert max(each.files for each in found[1:]) <= found[0].files + 1, found
+        assert max(each.files for each in found[1:]) <= found[0].files + few, found
     until(lambda: Counts().threads <= before.threads)
     after = Counts()
     assert (after.files, after.shared) == (before.files, before.shared)

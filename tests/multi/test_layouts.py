@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +31,7 @@ LAYOUTS = [
     if tensor % page == 0 and 1 < tensor * pipeline <= 8
 ]
 # a pool that all requests together do not fit into, and steps that cut prompts
-TIGHT = {"num_blocks": 32, "max_num_seqs": 8, "max_num_batched_tokens": 40, "max_model_len": 256}
+TIGHT: dict[str, Any] = {"num_blocks": 32, "max_num_seqs": 8, "max_num_batched_tokens": 40, "max_model_len": 256}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +43,12 @@ def hosts() -> Iterator[Hosts]:
 
 @pytest.fixture(scope="module", params=HEADS, ids=lambda heads: f"{heads[0]}q{heads[1]}kv")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    q, kv = request.param
+    return make(tmp_path_factory.mktemp("model"), *request.param)
+
+
+def make(folder: Path, q: int, kv: int) -> Path:
     return make_model(
-        tmp_path_factory.mktemp("model"),
+        folder,
         seed=q,
         vocab_size=VOCAB,
         num_hidden_layers=LAYERS,
@@ -143,3 +150,24 @@ def test_every_layout_says_the_tokens_of_one_rank(
     assert all(tape.ends[key].finish_reason is FinishReason.LENGTH for key in expected)
     devices = {device for output in tape.ends.values() for device, _ in output.pages}
     assert devices == set(range(layout.page))
+
+
+def test_a_batch_from_the_command_line_over_ranks(tmp_path: Path) -> None:
+    folder = make(tmp_path / "model", 8, 1)
+    lines = [{"prompt_token_ids": list(range(2, 40 + 9 * i)), "max_tokens": 9, "temperature": 0} for i in range(4)]
+    path = tmp_path / "requests.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def generate(*flags: str) -> tuple[list[dict[str, Any]], str]:
+        code = "import sys; from launch.cli import main; sys.exit(main())"
+        words = ("generate", str(folder), "--prompts", str(path), "--json", "--threads", "1", *flags)
+        small = ("--num-gpu-blocks-override", "64", "--max-model-len", "256")
+        done = subprocess.run([sys.executable, "-c", code, *words, *small], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line)["outputs"][0] for line in done.stdout.splitlines()], done.stderr
+
+    expected, _ = generate()
+    found, notes = generate("-tp", "2", "-pp", "2", "--page-parallel-size", "2")
+    assert [each["token_ids"] for each in found] == [each["token_ids"] for each in expected]
+    assert {device for each in found for device, _ in each["pages"]} == {0, 1}
+    assert "over 4 ranks (tensor 2, pipeline 2, page 2)" in notes

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.long_context import LAYERS, OUTPUTS, TOLERANCE, Settings, Shard, Step, by_context, main, measure, shard
-from benchmarks.long_model import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB, write_long_model
+from benchmarks.long_context import OUTPUTS, TOLERANCE, by_context, main, measure
+from benchmarks.long_model import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB, write_long_model
 from benchmarks.long_rows import Errors, Exact, Held, check_rows, read_back
+from benchmarks.long_shard import Settings, Shard, Step, shard
 from launch.models.recall import make_recall
 from worker import page_reads
 from worker.loop import EpochOver
@@ -46,7 +47,7 @@ def test_rows_of_a_sequence_over_eight_devices_are_exact(tmp_path: Path) -> None
 
 def test_64_random_keys_are_right_over_eight_devices() -> None:
     found = measure("recall", Settings(CI_LENGTH))
-    assert (found["answered_right"], found["questions"], found["devices"]) == (64, 64, 8)
+    assert (found["answered_right"], found["questions"], found["devices_read"]) == (64, 64, 8)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A shard of two ranks on two hosts: sums over gloo, plans over TCP; a rank that is lost comes back into the next epoch."""
+"""A shard of two ranks on two hosts: sums over gloo, plans over TCP; a lost rank comes back into the next epoch."""
 
 from __future__ import annotations
 

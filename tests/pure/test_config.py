@@ -55,6 +55,7 @@ def test_defaults_are_the_ones_that_the_documents_name() -> None:
         "pipeline_parallel_size": 1,
         "page_parallel_size": 1,
         "data_parallel_size": 1,
+        "table_broadcast": "auto",
     }
     assert read("m") == Effective(config, {name: "argument" if name == "model" else "default" for name in SETTINGS})
 
@@ -112,9 +113,7 @@ def test_what_print_config_prints_is_a_file_that_says_the_same(
 
 
 @pytest.mark.parametrize(("short", "long"), [("-tp", "--tensor-parallel-size"), ("-pp", "--pipeline-parallel-size")])
-def test_parallel_sizes_have_their_short_flags(
-    short: str, long: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_parallel_sizes_have_their_short_flags(short: str, long: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert read("m", short, "1") == read("m", long, "1")
     assert getattr(read("m", short, "2").config, long[2:].replace("-", "_")) == 2
     assert refused(capsys, "m", short, "0") == f"{long}: got 0, must be a whole number from 1 to 1024"

@@ -61,6 +61,7 @@ PURE_WORKER = {
     "split",
     "stages",
     "step",
+    "ways",
 }
 IMPURE = {"time", "random", "os", "uuid", "threading", "asyncio", "socket", "numpy", "torch"}
 IMPURE_CALLS = {"open", "hash"}

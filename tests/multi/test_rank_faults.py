@@ -1,0 +1,198 @@
+"""Ranks that die, stop and fail under a running service: no stream loses or repeats a token, survivors keep their
+weights, the others' requests go on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from launch.llm import LLM
+from pagetable.sampling import SamplingParams
+from tests.local_service import LENGTH, SMALL, Running, finish, prompts, run, running
+from tests.models import make_model
+from tests.serving import SECONDS, Stream, is_alive, until
+
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"), pytest.mark.timeout(600)]
+COUNT, DRAWN = 4, 2  # streams, and how many of them draw their tokens
+MARKED = [301, 9, 9]  # a prompt whose tokens stand together nowhere else
+ONE: dict[str, Any] = {"data_parallel_size": 1, "place_seconds": SECONDS}  # its streams wait until it is back
+T2: dict[str, Any] = {**ONE, "tensor_parallel_size": 2}
+P2: dict[str, Any] = {**ONE, "pipeline_parallel_size": 2}
+T2G2: dict[str, Any] = {**T2, "page_parallel_size": 2}
+BY_TORCH: dict[str, Any] = {**T2, "table_broadcast": "torch"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_model(tmp_path_factory.mktemp("models"), num_key_value_heads=2))
+
+
+@pytest.fixture(scope="module")
+def expected(model: str) -> list[list[int]]:
+    """What the engine in this process says, undisturbed and on one rank."""
+    params = [
+        SamplingParams(temperature=0.8 if index < DRAWN else 0, seed=index, max_tokens=LENGTH, ignore_eos=True)
+        for index in range(COUNT)
+    ]
+    return [list(output.outputs[0].token_ids) for output in LLM(model, **SMALL).generate(prompts(COUNT), params)]
+
+
+def streams_of(it: Running) -> list[Stream]:
+    return [
+        Stream(it.channel, prompt, LENGTH, temperature=0.8 if index < DRAWN else 0, seed=index)
+        for index, prompt in enumerate(prompts(COUNT))
+    ]
+
+
+async def disturbed(it: Running, pid: int, number: signal.Signals, expected: list[list[int]]) -> None:
+    """Signal a process in the middle of streams; they say what they must, and at the end no page is in use."""
+    streams = streams_of(it)
+    for stream in streams:
+        await stream.reaches(10)
+    os.kill(pid, number)
+    assert not any(stream.task.done() for stream in streams)
+    await finish(streams, expected)
+    await until(lambda: not is_alive(pid))
+    await it.comes_to_rest()
+
+
+@pytest.mark.parametrize("layout", [T2, P2, T2G2, BY_TORCH], ids=["T2", "P2", "T2G2", "T2 by torch"])
+def test_streams_outlive_each_rank(model: str, layout: dict[str, Any], expected: list[list[int]]) -> None:
+    async def scenario() -> None:
+        async with running(model, **layout) as it:
+            for victim in (1, 0):
+                for number in (signal.SIGKILL, signal.SIGSTOP):
+                    pids = [it.worker(0, rank) for rank in range(2)]
+                    await disturbed(it, pids[victim], number, expected)
+                    survivor = 1 - victim
+                    assert it.worker(0, survivor) == pids[survivor]  # and with it its weights
+                    assert it.worker(0, victim) != pids[victim]
+            assert sum("rank 1 of shard 0 ended by signal 9" in note for note in it.notes) == 2
+            assert sum("the worker of shard 0 ended by signal 9" in note for note in it.notes) == 2
+
+    run(scenario())
+
+
+def test_the_other_shard_goes_on_while_one_has_lost_a_rank(model: str, expected: list[list[int]]) -> None:
+    async def scenario() -> None:
+        async with running(model, data_parallel_size=2, tensor_parallel_size=2) as it:
+            pids = [[it.worker(shard, rank) for rank in range(2)] for shard in range(2)]
+            streams = streams_of(it)
+            for stream in streams:
+                await stream.reaches(10)
+            async with it.client() as client:
+                assert [load.running > 0 for load in await client.loads()] == [True, True]
+            os.kill(pids[0][1], signal.SIGSTOP)
+            fresh = Stream(it.channel, prompts(COUNT)[2], 40)  # begins before the stopped one is known to be
+            await finish([fresh], [expected[2][:40]])
+            await finish(streams, expected)
+            assert [it.worker(1, rank) for rank in range(2)] == pids[1] and it.worker(0) == pids[0][0]
+            await it.comes_to_rest()
+
+    run(scenario())
+
+
+def test_a_pause_of_a_second_is_left_alone(model: str, expected: list[list[int]]) -> None:
+    async def scenario() -> None:
+        async with running(model, **T2) as it:
+            pids = [it.worker(0, rank) for rank in range(2)]
+            streams = streams_of(it)
+            for stream in streams:
+                await stream.reaches(10)
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+                await asyncio.sleep(1.0)
+                os.kill(pid, signal.SIGCONT)
+            await finish(streams, expected)
+            assert [it.worker(0, rank) for rank in range(2)] == pids and it.notes == []
+
+    run(scenario())
+
+
+_FAILING = """
+import sys
+if "worker" in sys.orig_argv:
+    import importlib.abc, importlib.util, os, time
+    from array import array
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            if name != "worker.runner":
+                return None
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            load = spec.loader.exec_module
+            def exec_module(module):
+                load(module)
+                run = module.Runner.run
+                def failing(self, plan):
+                    if array("i", {marked}).tobytes() in plan.tokens.tobytes() and self.part.rank == 1:
+                        {act}
+                    return run(self, plan)
+                module.Runner.run = failing
+            spec.loader.exec_module = exec_module
+            return spec
+    sys.meta_path.insert(0, Finder())
+"""
+
+
+def plant(folder: Path, monkeypatch: pytest.MonkeyPatch, act: str) -> None:
+    """Rank 1 of every shard that is started from now on does this where a step runs the marked prompt."""
+    (folder / "sitecustomize.py").write_text(_FAILING.replace("{marked}", str(MARKED)).replace("{act}", act))
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+
+@pytest.mark.parametrize("layout", [T2, P2], ids=["T2", "P2"])
+def test_a_request_on_which_a_rank_raises_fails_after_two_epochs_and_the_others_go_on(
+    model: str, layout: dict[str, Any], expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(tmp_path, monkeypatch, "raise ValueError('a page that is not there')")
+
+    async def scenario() -> None:
+        async with running(model, **layout) as it:
+            pids = [it.worker(0, rank) for rank in range(2)]
+            beside = streams_of(it)
+            for stream in beside:
+                await stream.reaches(5)
+            poison = Stream(it.channel, MARKED, 5)
+            await poison.task
+            assert poison.failure is grpc.StatusCode.INTERNAL and poison.details.startswith("poison: 2 shards died")
+            assert poison.tokens == []
+            await finish(beside, expected)
+            overs = [note for note in it.notes if "rank 1: plan" in note]
+            assert len(overs) == 2 and all("failed (ValueError: a page that is not there)" in note for note in overs)
+            assert [it.worker(0, rank) for rank in range(2)] == pids  # no process had to end for it
+            await it.comes_to_rest()
+
+    run(scenario())
+
+
+def test_a_rank_whose_step_never_ends_is_ended_and_the_leader_stays(
+    model: str, expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuse = tmp_path / "fuse"
+    fuse.touch()
+    hang = f"os.path.exists({str(fuse)!r}) and (os.unlink({str(fuse)!r}), time.sleep(3600))"
+    plant(tmp_path, monkeypatch, hang)
+
+    async def scenario() -> None:
+        async with running(model, **T2) as it:
+            pids = [it.worker(0, rank) for rank in range(2)]
+            streams = streams_of(it)
+            for stream in streams:
+                await stream.reaches(5)
+            slow = Stream(it.channel, MARKED, 5)
+            await finish(streams, expected)
+            await slow.task
+            assert slow.failure is None and len(slow.tokens) == 5 and not fuse.exists()
+            assert it.worker(0) == pids[0] and it.worker(0, 1) != pids[1]
+            assert any("a step has run for more than 8 s" in note for note in it.notes)
+            await it.comes_to_rest()
+
+    run(scenario())
