@@ -29,6 +29,7 @@ class ServicePlan:
             secret. Where there are several ranks, `leader_port` is where the first of them listens for the others.
         environment: of each worker.
         drain_seconds: how long running streams may go on after the end has begun.
+        step_limit: seconds; a shard whose step runs for longer hangs.
     """
 
     secret: bytes
@@ -37,9 +38,11 @@ class ServicePlan:
     workers: tuple[Mapping[str, Any], ...]
     environment: Mapping[str, str]
     drain_seconds: float
+    step_limit: float = 10.0
 
     def scheduler_settings(self, host: str = "127.0.0.1") -> dict[str, Any]:
-        return {"host": host, "port": self.scheduler_port, "secret": self.secret.hex()}
+        where = {"host": host, "port": self.scheduler_port, "secret": self.secret.hex()}
+        return {**where, "step_limit": self.step_limit}
 
     def front_settings(self, host: str = "127.0.0.1") -> dict[str, Any]:
         """`host` is where the scheduler listens."""

@@ -14,6 +14,8 @@ from worker.model_config import ModelConfig
 
 _POOL_SHARE = 0.5  # of what is free beside the weights, where nothing sizes the pool
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+_LEAST_LIMIT = 10.0
+_SLOW_FLOPS = 2e10  # a second, of a core
 _SCALE_BYTES = 4  # of a token and head in int8 pages, as kernels.int8 says
 
 
@@ -108,6 +110,17 @@ class MemoryPlan:
         if ranks.num_ranks == 1:
             return ""
         return f" over {ranks.num_ranks} ranks (tensor {ranks.tensor}, pipeline {ranks.pipeline}, page {ranks.page})"
+
+
+def step_limit(model: ModelConfig, shard: ShardConfig, threads: int) -> float:
+    """Seconds that no step of a shard takes unless it hangs: its largest one, on cores of a twentieth of today's speed.
+
+    Args:
+        threads: that work on a step, over all ranks of a stage.
+    """
+    products = 2 * sum(_product(shape) for shape in model.tensor_shapes().values())
+    attention = 4 * model.num_layers * model.num_heads * model.head_dim * shard.max_model_len
+    return max(_LEAST_LIMIT, shard.max_num_batched_tokens * (products + attention) / (_SLOW_FLOPS * threads))
 
 
 def _num_blocks(config: EngineConfig, block: int, weights: int, pages: int, free: int | None) -> int:

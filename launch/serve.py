@@ -23,7 +23,7 @@ from cluster.service import Service, ServicePlan
 from launch.config import EngineConfig, show_size
 from launch.flags import Effective
 from launch.machine import available_cores, available_memory
-from launch.memory import MemoryPlan
+from launch.memory import MemoryPlan, step_limit
 from launch.serve_flags import ServeConfig, choose_port, read_serve
 from pagetable.errors import ConfigError
 from worker.layout import Layout
@@ -65,6 +65,10 @@ def make_plan(config: ServeConfig, engine: EngineConfig) -> tuple[ServicePlan, l
     layout = engine.layout
     num_ranks = replicas * layout.num_ranks
     threads = engine.threads if engine.threads is not None else max(1, available_cores() // num_ranks)
+    team = threads * layout.tensor
+    limit = step_limit(
+        ModelConfig.from_folder(folder), memory.shard, team if config.address else min(team, available_cores())
+    )
     workers = tuple(
         worker
         for index in range(replicas)
@@ -77,6 +81,7 @@ def make_plan(config: ServeConfig, engine: EngineConfig) -> tuple[ServicePlan, l
                 "model": name,
                 "threads": threads,
                 "shard": dataclasses.asdict(memory.shard),
+                "step_limit": limit,
             },
             layout,
             engine.ways,
@@ -106,6 +111,7 @@ def make_plan(config: ServeConfig, engine: EngineConfig) -> tuple[ServicePlan, l
         workers=workers,
         environment={"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")},
         drain_seconds=config.drain_seconds,
+        step_limit=limit,
     )
     of_ranks = f" of {layout.num_ranks} ranks" if layout.num_ranks > 1 else ""
     words = f"{_count(replicas, 'shard')}{of_ranks}, each with {_count(threads, 'thread')}:"

@@ -29,7 +29,7 @@ from quire_pb.worker.v1 import worker_pb2 as pb
 
 _PR_SET_PDEATHSIG = 1
 BEAT_SECONDS = 1.0
-STEP_SECONDS = 8.0  # below the scheduler's limit, which ends the leader with all its weights
+STEP_PART = 0.8  # of the scheduler's limit, which ends the leader with all its weights
 _saying = threading.Lock()
 
 
@@ -115,7 +115,7 @@ def _build(settings: dict[str, Any]) -> Any:
     ranks = None
     if spec.layout.num_ranks > 1:
         ranks = make_ranks(spec, secret)
-        ranks.step_seconds = STEP_SECONDS
+        ranks.step_seconds = STEP_PART * settings["step_limit"]
         ranks.listen(*settings["leader"])
         ranks.runner = build_runner(spec, 0, threads, _loading)
         epoch = ranks.begin(epoch)

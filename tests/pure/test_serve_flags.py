@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import subprocess
 import sys
@@ -11,8 +12,13 @@ from typing import Any
 import pytest
 
 from cluster.service import MAX_DEATHS, Breaker, describe_event, failure
+from launch.memory import step_limit
 from launch.serve_flags import ServeConfig, choose_port
 from pagetable.errors import ConfigError, ModelError, RequestFailed
+from worker.config import ShardConfig
+from worker.fields import Fields
+from worker.model_config import ModelConfig
+from worker.rope import RopeConfig
 
 
 @pytest.mark.parametrize(
@@ -118,3 +124,26 @@ def test_the_reaper_ends_what_was_below_it_and_nothing_else() -> None:
     # in a process of its own: whatever hangs below the test's own process is not its business
     done = subprocess.run([sys.executable, "-c", _REAP], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "reaped\n"), done.stderr
+
+
+def test_a_step_may_take_as_long_as_the_models_largest_on_slow_cores() -> None:
+    model = ModelConfig(
+        architecture="x",
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=64,
+        num_layers=4,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=64,
+        max_position_embeddings=1 << 20,
+        rms_norm_eps=1e-6,
+        rope=RopeConfig.from_fields(Fields({"rope_theta": 1e4}, "config.json")),
+        windows=(0,) * 4,
+    )
+    short = ShardConfig(num_blocks=1 << 16, max_model_len=1 << 10, max_num_batched_tokens=1 << 10)
+    assert step_limit(model, short, 1) == 10.0
+    long = dataclasses.replace(short, max_model_len=1 << 20)
+    layer = 64 * (4 * 64 + 3 * 64) + 2 * 64
+    weights = 2 * 100 * 64 + 4 * layer + 64
+    assert step_limit(model, long, 2) == 1024 * (2 * weights + 4 * 4 * 64 * (1 << 20)) / 4e10 > 10.0
