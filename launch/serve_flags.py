@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import random
 import re
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain, repeat
+from pathlib import Path
 
 from cluster.front_config import METRIC_NAMES, is_loopback
 from launch.flags import Parser
 from pagetable.errors import ConfigError
 
 DEFAULT_PORT = 8461
+LASTING_PORTS = range(20000, 32768)  # Ray's workers have those below, outgoing connections most often those above
 _ADDRESS = re.compile(r"[^\s/]+:[0-9]{1,5}", re.ASCII)
 
 
@@ -121,16 +128,35 @@ def read_serve(found: argparse.Namespace) -> ServeConfig:
 
 
 def choose_port(flag: str, host: str, port: int) -> int:
-    """`port`, or any free one for 0. ConfigError where it can't be listened on."""
+    """`port`, or any free one for 0. ConfigError where it can't be listened on.
+
+    Who is told to listen there may start seconds later, and again: so a free one is none that the kernel gives to
+    outgoing connections, and no two calls of a process find the same.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host.strip("[]"), port))
-            probe.listen(1)
-        except socket.gaierror:
-            raise ConfigError("--host", host, "be an address of this machine") from None
-        except OSError as error:
-            limit = f"be free on {host} ({(error.strerror or 'it cannot be bound').lower()})"
-            raise ConfigError(flag, port, limit, "choose another, or 0 for any free one") from None
-        return int(probe.getsockname()[1])
+    for candidate in _lasting_ports() if port == 0 else [port]:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host.strip("[]"), candidate))
+                probe.listen(1)
+            except socket.gaierror:
+                raise ConfigError("--host", host, "be an address of this machine") from None
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE and candidate != port:
+                    continue
+                limit = f"be free on {host} ({(error.strerror or 'it cannot be bound').lower()})"
+                raise ConfigError(flag, port, limit, "choose another, or 0 for any free one") from None
+            return int(probe.getsockname()[1])
+    raise AssertionError("the last candidate is the kernel's choice")
+
+
+@cache
+def _lasting_ports() -> Iterator[int]:
+    """Each of LASTING_PORTS once, in any order, but for those of outgoing connections; then 0, the kernel's choice."""
+    try:
+        outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        outgoing = LASTING_PORTS.stop
+    ports = [port for port in LASTING_PORTS if port < outgoing]
+    return chain(random.sample(ports, len(ports)), repeat(0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import pytest
 from cluster.processes import environment
 from launch.llm import LLM
 from launch.models.tiny_llama import make_tiny_llama
+from launch.serve_flags import choose_port
 from pagetable.sampling import SamplingParams
 from tests.serving import SECONDS, Stream, children, command_line, until
 
@@ -72,9 +72,7 @@ async def _generate(port: int, expected: list[int]) -> None:
 @contextmanager
 def _cluster(temporary: str) -> Iterator[tuple[str, int]]:
     """A head with three devices, started by its user; its address and the process of its raylet."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = choose_port("--port", "127.0.0.1", 0)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port", str(port)]
     command += ["--node-ip-address", "127.0.0.1", "--num-cpus", "4", "--resources", '{"device": 3}']
     command += ["--include-dashboard", "false", "--disable-usage-stats", "--object-store-memory", str(80 << 20)]
