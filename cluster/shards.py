@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 WELCOME_SECONDS = 5.0
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.05, 1.0
 PROOF_STEPS = 2  # a shard's last step may be lost with it, so the second one here is again the one that killed it
+LAST_WORDS_SECONDS = 0.2  # for what is on its way from a shard that the scheduler calls dead
 _SERVING = (pb.CONDITION_READY, pb.CONDITION_DRAINING)
 
 
@@ -200,6 +201,7 @@ class _Shard:
     task: asyncio.Task[None] | None = None
     link: ShardLink | None = None
     up: asyncio.Event = field(default_factory=asyncio.Event)
+    is_over: bool = False
 
 
 class ShardLinks:
@@ -222,6 +224,7 @@ class ShardLinks:
         self._secret, self._name, self._owner = secret, name, owner
         self._report, self._on_change = report, on_change
         self._shards: dict[int, _Shard] = {}
+        self._serving: set[asyncio.Task[None]] = set()
         self._known = asyncio.Event()
 
     @property
@@ -259,8 +262,12 @@ class ShardLinks:
             if state.condition == pb.CONDITION_DEAD:
                 self._end(known)
             elif state.condition in _SERVING and known.task is None:
+                if known.is_over:
+                    known = self._shards[state.info.shard_id] = _Shard(state.info, state.condition)
                 known.info = state.info
                 known.task = asyncio.create_task(self._serve(known), name=f"shard {state.info.shard_id}")
+                self._serving.add(known.task)
+                known.task.add_done_callback(self._serving.discard)
             if state.info.vocab_size:
                 self._known.set()
         self._on_change()
@@ -277,17 +284,27 @@ class ShardLinks:
         return shard.link
 
     async def close(self) -> None:
-        tasks = [shard.task for shard in self._shards.values() if shard.task is not None]
+        tasks = list(self._serving)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _end(self, shard: _Shard) -> None:
-        """This life is over: what runs there is lost now, whatever its socket may still bring."""
-        if shard.task is not None:
-            shard.task.cancel()
-            shard.task = None
-        self._lose(shard)
+        """This life is over. The scheduler may say so before we have read all that it sent, and that comes first: a
+        request that lacks more than the last step's tokens makes progress where it runs next, and is not blamed."""
+        task, shard.task = shard.task, None
+        if task is None:
+            return
+        shard.is_over = True
+        if shard.link is None:
+            task.cancel()
+            return
+        asyncio.get_running_loop().call_later(LAST_WORDS_SECONDS, self._cut, shard, task)
+
+    def _cut(self, shard: _Shard, task: asyncio.Task[None]) -> None:
+        if not task.done():
+            task.cancel()
+            self._lose(shard)
 
     def _lose(self, shard: _Shard) -> None:
         link, shard.link = shard.link, None
@@ -298,9 +315,9 @@ class ShardLinks:
             self._owner.lost(runs)
 
     async def _serve(self, shard: _Shard) -> None:
-        """Dial, and dial again, until cancelled."""
+        """Dial, and dial again, until that life is over."""
         info, delay = shard.info, MIN_RETRY_SECONDS
-        while True:
+        while not shard.is_over:
             why = "closed"
             try:
                 link = await Link.connect(info.address, pb.ROLE_FRONT, self._name, self._secret)

@@ -431,6 +431,25 @@ def test_a_shard_that_is_declared_dead_is_not_listened_to(folder: Path, run: Run
     run(body())
 
 
+def test_what_a_shard_said_before_it_died_counts_though_the_scheduler_was_quicker(folder: Path, run: Run) -> None:
+    async def body() -> None:
+        async with lab(folder, two()) as it:
+            one, other = it.shards
+            call = it.generate(PROMPT, max_tokens=6)
+            await until(lambda: one.runs)
+            one.step(2)
+            it.scheduler.set(one, pb.CONDITION_DEAD)
+            await until(lambda: it.server.dispatcher.shards._shards[0].is_over)
+            one.step(2)
+            await one.die()
+            await until(lambda: other.runs)
+            assert [ints(each.submit.samples[0].outputs) for each in other.runs.values()] == [tokens(PROMPT, 4)]
+            other.step(2)
+            assert (await hear(call)).tokens[0] == tokens(PROMPT, 6)
+
+    run(body())
+
+
 def test_frames_of_another_epoch_change_nothing(folder: Path, run: Run) -> None:
     async def body() -> None:
         async with lab(folder, [FakeShard(0, epoch=5)]) as it:
