@@ -57,6 +57,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, server: ShardServer, number: int) -> None:
         self.server, self.number = server, number
         self.role = pb.ROLE_UNSPECIFIED
+        self.epoch = 0  # that the peer was told
         self._nonce = os.urandom(NONCE_BYTES)
         self._reader = FrameReader()
         self._head = b""
@@ -114,8 +115,9 @@ class Connection(asyncio.Protocol):
         if not self.server.is_serving:
             self.close()
             return
-        self.role = hello.role
-        self.send(Kind.WELCOME, pb.Welcome(shard=self.server.info))
+        info = self.server.info
+        self.role, self.epoch = hello.role, info.epoch
+        self.send(Kind.WELCOME, pb.Welcome(shard=info))
         self.server.post(self, Kind.HELLO, payload)
 
     def _expire(self) -> None:
@@ -365,6 +367,8 @@ class ShardServer:
     def _handle(self, connection: Connection, kind: Kind | None, payload: bytes) -> None:
         if kind is None:
             self._disconnect(connection)
+        elif kind is Kind.HELLO and connection.epoch != self.info.epoch:
+            self._call(connection.close)  # welcomed while that epoch ended: it would drop all that this one says
         elif kind is Kind.HELLO:
             self._clients[connection.number] = client = _Client(connection)
             if connection.role == pb.ROLE_SCHEDULER:

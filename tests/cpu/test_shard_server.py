@@ -590,6 +590,16 @@ def test_who_says_nothing_is_cut_off(own: ShardServer, monkeypatch: pytest.Monke
     on(own.info, body)
 
 
+def test_who_was_welcomed_in_an_epoch_that_is_over_is_sent_away(own: ShardServer) -> None:
+    connection = worker.server.Connection(own, 1 << 40)
+    connection.role, connection.epoch = pb.ROLE_FRONT, own.info.epoch - 1
+    closed = threading.Event()
+    connection.close = closed.set  # type: ignore[method-assign]
+    own.post(connection, Kind.HELLO, b"")
+    assert closed.wait(PATIENCE)
+    assert connection.number not in own._clients
+
+
 def test_a_step_that_fails_ends_its_requests_and_no_others(own: ShardServer, monkeypatch: pytest.MonkeyPatch) -> None:
     run, fail = own.loop.pipe.runner.run, threading.Event()
 
