@@ -6,7 +6,6 @@ runs a marked token ends the process by SIGKILL.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -17,37 +16,11 @@ from launch.llm import LLM
 from launch.models.tiny_llama import make_tiny_llama
 from pagetable.sampling import SamplingParams
 from tests.local_service import LENGTH, SMALL, finish, prompts, run, running
+from tests.planted import plant
 from tests.serving import Stream, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 MARK = 301  # a token that no other prompt has
-
-_BOMB = """
-import os, signal, sys
-if sys.argv[:1] == ["-m"] or "worker" in sys.orig_argv:
-    import importlib.abc, importlib.util
-    class Finder(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path, target=None):
-            if name != "worker.runner":
-                return None
-            sys.meta_path.remove(self)
-            spec = importlib.util.find_spec(name)
-            load = spec.loader.exec_module
-            def exec_module(module):
-                load(module)
-                run = module.Runner.run
-                def bomb(self, plan):
-                    if {token} in plan.tokens:
-                        fuses = os.listdir({fuses!r})
-                        if fuses:
-                            os.unlink(os.path.join({fuses!r}, fuses[0]))
-                            os.kill(os.getpid(), signal.SIGKILL)
-                    return run(self, plan)
-                module.Runner.run = bomb
-            spec.loader.exec_module = exec_module
-            return spec
-    sys.meta_path.insert(0, Finder())
-"""
 
 
 class Bomb:
@@ -63,9 +36,9 @@ class Bomb:
         self._fuses.mkdir()
         for number in range(fuses):
             (self._fuses / str(number)).touch()
-        text = _BOMB.replace("{token}", str(token)).replace("{fuses!r}", repr(str(self._fuses)))
-        (folder / "sitecustomize.py").write_text(text)
-        monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        fuses_left = f"os.listdir({str(self._fuses)!r})"
+        light = f"os.unlink(os.path.join({str(self._fuses)!r}, {fuses_left}[0])); os.kill(os.getpid(), signal.SIGKILL)"
+        plant(folder, monkeypatch, f"{token} in plan.tokens and {fuses_left}", light)
 
     @property
     def left(self) -> int:

@@ -17,6 +17,7 @@ from launch.llm import LLM
 from pagetable.sampling import SamplingParams
 from tests.local_service import LENGTH, SMALL, Running, finish, prompts, run, running
 from tests.models import make_model
+from tests.planted import plant
 from tests.serving import SECONDS, Stream, is_alive, until
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"), pytest.mark.timeout(600)]
@@ -116,43 +117,17 @@ def test_a_pause_of_a_second_is_left_alone(model: str, expected: list[list[int]]
     run(scenario())
 
 
-_FAILING = """
-import sys
-if "worker" in sys.orig_argv:
-    import importlib.abc, importlib.util, os, time
-    from array import array
-    class Finder(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path, target=None):
-            if name != "worker.runner":
-                return None
-            sys.meta_path.remove(self)
-            spec = importlib.util.find_spec(name)
-            load = spec.loader.exec_module
-            def exec_module(module):
-                load(module)
-                run = module.Runner.run
-                def failing(self, plan):
-                    if array("i", {marked}).tobytes() in plan.tokens.tobytes() and self.part.rank == 1:
-                        {act}
-                    return run(self, plan)
-                module.Runner.run = failing
-            spec.loader.exec_module = exec_module
-            return spec
-    sys.meta_path.insert(0, Finder())
-"""
-
-
-def plant(folder: Path, monkeypatch: pytest.MonkeyPatch, act: str) -> None:
+def plant_on_rank_1(folder: Path, monkeypatch: pytest.MonkeyPatch, act: str) -> None:
     """Rank 1 of every shard that is started from now on does this where a step runs the marked prompt."""
-    (folder / "sitecustomize.py").write_text(_FAILING.replace("{marked}", str(MARKED)).replace("{act}", act))
-    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    where = f'array("i", {MARKED}).tobytes() in plan.tokens.tobytes() and self.part.rank == 1'
+    plant(folder, monkeypatch, where, act)
 
 
 @pytest.mark.parametrize("layout", [T2, P2], ids=["T2", "P2"])
 def test_a_request_on_which_a_rank_raises_fails_after_two_epochs_and_the_others_go_on(
     model: str, layout: dict[str, Any], expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plant(tmp_path, monkeypatch, "raise ValueError('a page that is not there')")
+    plant_on_rank_1(tmp_path, monkeypatch, "raise ValueError('a page that is not there')")
 
     async def scenario() -> None:
         async with running(model, **layout) as it:
@@ -179,7 +154,7 @@ def test_a_rank_whose_step_never_ends_is_ended_and_the_leader_stays(
     fuse = tmp_path / "fuse"
     fuse.touch()
     hang = f"os.path.exists({str(fuse)!r}) and (os.unlink({str(fuse)!r}), time.sleep(3600))"
-    plant(tmp_path, monkeypatch, hang)
+    plant_on_rank_1(tmp_path, monkeypatch, hang)
 
     async def scenario() -> None:
         async with running(model, **T2) as it:

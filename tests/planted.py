@@ -1,0 +1,44 @@
+"""A fault laid into every worker process that is started from now on, beside the code that it runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+_SITE = """
+import sys
+if "worker" in sys.orig_argv:
+    import importlib.abc, importlib.util, os, signal, time
+    from array import array
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            if name != "worker.runner":
+                return None
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            load = spec.loader.exec_module
+            def exec_module(module):
+                load(module)
+                run = module.Runner.run
+                def planted(self, plan):
+                    if {where}:
+                        {act}
+                    return run(self, plan)
+                module.Runner.run = planted
+            spec.loader.exec_module = exec_module
+            return spec
+    sys.meta_path.insert(0, Finder())
+"""
+
+
+def plant(folder: Path, monkeypatch: pytest.MonkeyPatch, where: str, act: str) -> None:
+    """Run `act` before each plan for which `where` holds.
+
+    Args:
+        folder: for a `sitecustomize.py`, which comes first on the path of processes that are started.
+        where, act: an expression and a statement, of `self` (the Runner) and `plan`; array, os, signal, time are there.
+    """
+    (folder / "sitecustomize.py").write_text(_SITE.replace("{where}", where).replace("{act}", act))
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
