@@ -23,6 +23,7 @@ ONE = {"threads": 1}
 BOTH = {"threads": 2}
 TENSOR = {"threads": 1, "tensor_parallel_size": 2}
 PAGE = {"threads": 1, "tensor_parallel_size": 2, "page_parallel_size": 2}
+AHEAD = {"async_scheduling": True}
 STAGES = {"threads": 1, "pipeline_parallel_size": 2}
 
 
@@ -67,6 +68,37 @@ def decode(batch: int, context: int = 64, steps: int = 24) -> Callable[[LLM], fl
     return measure
 
 
+def attention(context: int, steps: int = 12) -> Callable[[LLM], float]:
+    """Steps a second of one sequence of so long a context, by what they take beyond the steps of a short one.
+
+    Each engine prefills it once.
+    """
+    short: dict[LLM, float] = {}
+
+    def step_seconds(llm: LLM) -> float:
+        found = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            llm.step()
+            found.append(time.perf_counter() - start)
+        return statistics.median(found)
+
+    def measure(llm: LLM) -> float:
+        if llm not in short:
+            (brief,) = _add(llm, prompts(1, 64, llm.limits.vocab_size), 64)
+            for _ in range(4):
+                llm.step()
+            short[llm] = step_seconds(llm)
+            llm.abort(brief)
+            _drain(llm)
+            _add(llm, prompts(1, context, llm.limits.vocab_size), 400)
+            while any(not s.num_outputs for s in llm.loop.scheduler.sequences()):
+                llm.step()
+        return 1 / (step_seconds(llm) - short[llm])
+
+    return measure
+
+
 def prefill(count: int, length: int) -> Callable[[LLM], float]:
     """Prompt tokens a second until every prompt has its first token."""
 
@@ -94,11 +126,17 @@ def _drain(llm: LLM) -> None:
 
 
 TENSOR_SET = {"one": ONE, "both": BOTH, "T=2": TENSOR}
+AHEAD_SET = {"one": ONE, "one ahead": {**ONE, **AHEAD}, "both": BOTH, "both ahead": {**BOTH, **AHEAD}}
+AHEAD_GOALS = (("one ahead", "one", 1.0), ("both ahead", "both", 1.0))
 CASES = {
     "decode:8": Case(decode(8), TENSOR_SET, (("T=2", "one", 1.7), ("T=2", "both", 0.9))),
     "decode:32": Case(decode(32), TENSOR_SET, (("T=2", "one", 1.8), ("T=2", "both", 0.9))),
     "prefill": Case(prefill(4, 1024), TENSOR_SET, (("T=2", "one", 1.9), ("T=2", "both", 0.9))),
-    "pages:32768": Case(decode(1, 32768, 12), {"one": ONE, "G=2": PAGE}, (("G=2", "one", 0.0),)),
+    "attention:32768": Case(
+        attention(32768), {"one": ONE, "both": BOTH, "G=2": PAGE}, (("G=2", "one", 1.8), ("G=2", "both", 0.9))
+    ),
+    "ahead:8": Case(decode(8), AHEAD_SET, AHEAD_GOALS),
+    "ahead:64": Case(decode(64), AHEAD_SET, AHEAD_GOALS),
     "stages:prefill": Case(prefill(8, 2048), {"one": ONE, "P=2": STAGES}, (("P=2", "one", 1.8),)),
     "stages:decode:128": Case(decode(128), {"one": ONE, "P=2": STAGES}, (("P=2", "one", 1.6),)),
     "stages:decode:16": Case(decode(16), {"one": ONE, "P=2": STAGES, "half": ONE}, (("P=2", "one", 0.0),)),

@@ -162,6 +162,9 @@ class EngineConfig:
     max_num_partial_prefills: int = setting(8, "int", "prompts that prefill in chunks at once", low=1, high=1024)
     enable_prefix_caching: bool = setting(True, "bool", "share the pages of equal prefixes")
     deterministic: bool = setting(False, "bool", "equal bits whatever the batch, the chunks and the threads; slower")
+    async_scheduling: bool = setting(
+        False, "bool", "plan a step while the one before it runs; several stages always do"
+    )
     dtype: str = setting(
         "auto", "choice", "of weights and pages; auto is the model's own", choices=("auto", "float32", "bfloat16")
     )

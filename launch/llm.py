@@ -31,11 +31,11 @@ from launch.outputs import Collector, CompletionOutput, RequestOutput
 from launch.progress import RankProgress, loading_bar, summed
 from pagetable.errors import AlreadyExists, InvalidRequest, NotFound, QuireError, RequestFailed
 from pagetable.sampling import Limits, Request, SamplingParams
-from worker.loop import EpochOver, Inline, Loop
+from worker.loop import EpochOver, Loop
 from worker.model_config import ModelConfig
 from worker.ranks import Ranks
 from worker.sequence import FinishReason, TokenOutput
-from worker.shard import ShardSpec, build_runner, make_loop, make_ranks
+from worker.shard import ShardSpec, build_runner, make_loop, make_pipe, make_ranks
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "describe_plan"]
 
@@ -328,7 +328,7 @@ class LLM:
         spec = ShardSpec(folder, self.model_config, plan.shard, plan.dtype, config.layout, ways=config.ways)
         own = None if progress is None else partial(progress, 0)
         if config.layout.num_ranks == 1:
-            return make_loop(spec, Inline(build_runner(spec, 0, config.num_threads, own)))
+            return make_loop(spec, make_pipe(spec, build_runner(spec, 0, config.num_threads, own)))
         secret = secrets.token_bytes(32)
         ranks = make_ranks(spec, secret)
         self._crew = crew = Crew(

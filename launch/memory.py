@@ -81,6 +81,7 @@ class MemoryPlan:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_partial_prefills=config.max_num_partial_prefills,
             enable_prefix_caching=config.enable_prefix_caching,
+            async_scheduling=config.async_scheduling,
             deterministic=config.deterministic,
             kv_cache_dtype=config.kv_cache_dtype,
             num_stages=layout.pipeline,

@@ -15,11 +15,11 @@ from launch.crew import rank_settings
 from pagetable.sampling import Limits, Request, SamplingParams, admit_request
 from worker.config import ShardConfig
 from worker.layout import Layout
-from worker.loop import Inline, Loop
+from worker.loop import Loop
 from worker.model_config import ModelConfig
 from worker.ranks import Ranks
 from worker.sequence import TokenOutput
-from worker.shard import ShardSpec, build_runner, make_loop, make_ranks
+from worker.shard import ShardSpec, build_runner, make_loop, make_pipe, make_ranks
 
 SECRET = b"r" * 32
 
@@ -50,7 +50,7 @@ class Hosts:
     def loop(self, spec: ShardSpec, threads: int = 1) -> Iterator[tuple[Loop, Ranks | None]]:
         """A shard of this layout: its loop, and its ranks where there are several."""
         if spec.layout.num_ranks == 1:
-            yield make_loop(spec, Inline(build_runner(spec, 0, threads))), None
+            yield make_loop(spec, make_pipe(spec, build_runner(spec, 0, threads))), None
             return
         ranks = make_ranks(spec, SECRET)
         settings = self._settings = rank_settings(spec, threads, SECRET, ranks.listen("127.0.0.1", 0))

@@ -133,19 +133,25 @@ class FakeDevice:
         self.samplers: dict[int, tuple[int, int]] = {}
         self.rng = rng
         self.plans: list[tuple[Plan, list[list[int]]]] = []  # with what each stage that is done with it gave
+        self.results: dict[int, array[int]] = {}  # tokens by number of the plan
+        self.before = array("i")  # tokens of the plan before the one that is to begin
+        self.num_filled = 0  # tokens that plans left open
 
     def submit(self, plan: Plan) -> None:
-        x = []
-        for row in range(plan.num_rows):
-            start, end = plan.query_start[row], plan.query_start[row + 1]
-            x += [mix(plan.tokens[t], plan.first_position[row] + t - start) for t in range(start, end)]
-        self.plans.append((plan, [x]))
+        self.plans.append((plan, []))
         for _ in range(self.rng.randrange(2 * len(self.ranks))):
             self.advance(self.rng.randrange(len(self.plans)))
 
     def advance(self, index: int) -> None:
         """The next stage runs this plan, unless it is not through with the plan before."""
         plan, done = self.plans[index]
+        if not done:
+            is_open = any(token < 0 for token in plan.tokens)
+            if is_open and index and len(self.plans[index - 1][1]) <= len(self.ranks):
+                return
+            if is_open and index:
+                self.before = self.results[self.plans[index - 1][0].number]
+            done.append(self.inputs(plan))
         stage = len(done) - 1
         if stage == len(self.ranks) or (index and len(self.plans[index - 1][1]) - 1 <= stage):
             return
@@ -155,6 +161,20 @@ class FakeDevice:
         positions = [p + 1 for p in self.positions(plan)]
         assert [sum(count for _, count in found) for found in zip(*parts, strict=True)] == positions, "pages unseen"
         done.append([mix(sum(total for total, _ in found), stage) for found in zip(*parts, strict=True)])
+        if stage + 1 == len(self.ranks):
+            self.results[plan.number] = self.draw(plan, done[-1])
+
+    def inputs(self, plan: Plan) -> list[int]:
+        """What goes into the first stage; tokens that the plan before has found are filled in."""
+        self.num_filled += sum(token < 0 for token in plan.tokens)
+        tokens = [self.before[-1 - token] if token < 0 else token for token in plan.tokens]
+        return [mix(token, position) for token, position in zip(tokens, self.positions(plan), strict=True)]
+
+    def draw(self, plan: Plan, hidden: list[int]) -> array[int]:
+        for admit in plan.admits:
+            self.samplers[admit.slot] = admit.params.seed or 0, admit.sample_index
+        entries = zip(plan.sample_row, plan.sample_slot, plan.sample_position, strict=True)
+        return array("i", (draw(hidden[row], *self.samplers[slot], position) for row, slot, position in entries))
 
     @staticmethod
     def positions(plan: Plan) -> list[int]:
@@ -164,13 +184,9 @@ class FakeDevice:
     def finish(self) -> StepResult:
         for _ in self.ranks:
             self.advance(0)
-        plan, done = self.plans.pop(0)
-        for admit in plan.admits:
-            self.samplers[admit.slot] = admit.params.seed or 0, admit.sample_index
-        tokens = array("i")
-        for row, slot, position in zip(plan.sample_row, plan.sample_slot, plan.sample_position, strict=True):
-            tokens.append(draw(done[-1][row], *self.samplers[slot], position))
-        return StepResult(plan.number, tokens)
+        plan, _ = self.plans.pop(0)
+        self.before = self.results.pop(plan.number)
+        return StepResult(plan.number, self.before)
 
     def run(self, plan: Plan) -> StepResult:
         self.submit(plan)
@@ -270,6 +286,7 @@ class Simulation:
         settings.update(knobs)
         self.depth = depth or rng.choice([1, 2, 3])
         settings["num_stages"] = self.depth
+        settings.setdefault("async_scheduling", self.depth == 1 and rng.random() < 0.6)
         self.config = ShardConfig(num_blocks=num_blocks, block_size=block_size, **settings)  # type: ignore[arg-type]
         self.num_stages = max(1, self.depth - rng.choice([0, 0, 1]))
         sizes = self.draw_sizes(num_blocks, groups or rng.choice([1, 1, 2, 4]))
@@ -319,9 +336,13 @@ class Simulation:
     def advance(self) -> bool:
         """Schedule up to the depth, then retire some; whether anything moved."""
         moved = False
-        while self.scheduler.num_in_flight < self.depth:
+        while self.scheduler.num_in_flight < self.config.max_in_flight:
             oldest = self.scheduler._oldest()
-            awaits = oldest is not None and oldest.pending
+            awaits = (
+                oldest is not None
+                and oldest.pending
+                and (not self.scheduler._stages.is_ready(oldest) or oldest.table.is_stuck())
+            )
             plan = self.scheduler.schedule()
             if plan is None:
                 assert self.scheduler.num_in_flight or not self.scheduler.has_work, "work, room and no plan"

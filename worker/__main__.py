@@ -106,9 +106,8 @@ def _follow(settings: dict[str, Any]) -> int:
 
 
 def _build(settings: dict[str, Any]) -> Any:
-    from worker.loop import Inline
     from worker.server import ShardServer
-    from worker.shard import build_runner, make_loop, make_ranks, page_identity
+    from worker.shard import build_runner, make_loop, make_pipe, make_ranks, page_identity
 
     spec = _spec(settings)
     secret, threads, epoch = bytes.fromhex(settings["secret"]), settings["threads"], settings["epoch"]
@@ -121,7 +120,7 @@ def _build(settings: dict[str, Any]) -> Any:
         epoch = ranks.begin(epoch)
         loop = make_loop(spec, ranks)
     else:
-        loop = make_loop(spec, Inline(build_runner(spec, 0, threads, _loading)))
+        loop = make_loop(spec, make_pipe(spec, build_runner(spec, 0, threads, _loading)))
     config, model = spec.config, spec.model
     info = pb.ShardInfo(
         shard_id=settings["shard_id"],

@@ -6,7 +6,7 @@ A shard of several stages tells of the first one's pages; the others hold the sa
 from __future__ import annotations
 
 from pagetable.allocator import BlockState
-from pagetable.ids import SequenceId
+from pagetable.ids import LogicalPageId, SequenceId
 from pagetable.page import PagePool
 from quire_pb.worker.v1 import worker_pb2 as pb
 from worker.plan import Plan
@@ -18,7 +18,7 @@ class Journal:
     """Collects changes after each plan and hands them out as one Events message.
 
     The first message after `begin` is whole; those behind it carry what changed since. A view that applies them in
-    order equals the shard's own tables as of the last plan.
+    order equals the shard's own tables.
     """
 
     def __init__(self, scheduler: ShardScheduler, epoch: int) -> None:
@@ -70,12 +70,6 @@ class Journal:
         changes = zip(plan.table_slot, plan.table_index, plan.table_group, plan.table_blocks[0], strict=True)
         for slot, index, group, block in changes:
             self._enter(self._slots[slot], index, devices[group], block)
-        for sequence in self._scheduler.running:
-            pages = list(sequence.table) if sequence.resend else []
-            for (
-                index
-            ) in sequence.resend:  # swapped for a page of equal content; the ranks hear of it with their next row
-                self._enter(sequence.sequence_id, index, *sequence.table.pool.place(pages[index]))
 
     def take(self, load: pb.Load) -> pb.Events | None:
         """What changed since the last call, or None where nobody listens."""
@@ -83,6 +77,10 @@ class Journal:
         if scheduler.departed is None or pool.log is None:
             return None
         self._flush_departed()
+        for sequence in scheduler.running:
+            for index in sequence.resend:  # swapped for a page of equal content; ranks hear of it with their next row
+                page = LogicalPageId(sequence.table.pages[index])
+                self._enter(sequence.sequence_id, index, *pool.place(page))
         events = self._events
         for sealed, digest in pool.log:
             (events.sealed if sealed else events.forgotten).append(short_digest(digest))

@@ -72,3 +72,14 @@ def _exchange(
         ]
         logits = torch.cat(pieces, dim=1)
     return np.take_along_axis(tokens, best, 0)[0], np.take_along_axis(values, best, 0)[0], totals, logits
+
+
+def share_tokens(peers: Peers, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """What the first rank gives, on all ranks; the others give as many of anything.
+
+    Raises:
+        PeersBroken: the epoch is over.
+    """
+    size = tokens.nbytes
+    peers.own(size).numpy()[:] = tokens.view(np.uint8)
+    return peers.exchange(size)[0].numpy().view(np.int32).copy()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import queue
+import threading
+import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping
 from time import perf_counter
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from pagetable.errors import InvariantBroken, QuireError
 from pagetable.sampling import Request
@@ -16,6 +19,9 @@ from worker.scheduler import ShardScheduler
 from worker.sequence import FinishReason, TokenOutput
 
 _log = logging.getLogger(__name__)
+
+_Plans: TypeAlias = "queue.SimpleQueue[tuple[int, Plan] | None]"
+_Results: TypeAlias = "queue.SimpleQueue[StepResult | BaseException]"
 
 
 class EpochOver(QuireError):
@@ -58,6 +64,55 @@ class Inline:
         return result
 
 
+class Threaded:
+    """A pipe whose plans run on a thread of their own, each as soon as the one before is done.
+
+    Where one fails, those behind it that were sent before its failure was received are dropped, as the loop drops them.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self._plans: _Plans = queue.SimpleQueue()
+        self._results: _Results = queue.SimpleQueue()
+        self._failures = 0  # received
+        thread = threading.Thread(
+            target=_run_all, args=(runner, self._plans, self._results), name="runner", daemon=True
+        )
+        thread.start()
+        weakref.finalize(self, _end, thread, self._plans)
+
+    def send(self, plan: Plan) -> None:
+        self._plans.put((self._failures, plan))
+
+    def receive(self) -> StepResult:
+        result = self._results.get()
+        if isinstance(result, BaseException):
+            self._failures += 1
+            raise result
+        return result
+
+
+def _end(thread: threading.Thread, plans: _Plans) -> None:
+    plans.put(None)
+    if thread is not threading.current_thread():
+        thread.join()  # an interpreter that ends with native threads at work aborts
+
+
+def _run_all(runner: Runner, plans: _Plans, results: _Results) -> None:
+    failed = -1
+    while (sent := plans.get()) is not None:
+        failures, plan = sent
+        if failures == failed:
+            continue
+        try:
+            result = runner.run(plan)
+            assert result is not None, "a runner that is alone answers"
+            results.put(result)
+        except BaseException as error:  # the caller's, whatever it is
+            failed = failures
+            results.put(error)
+
+
 class Loop:
     """One shard's scheduler and what carries out its plans, stepped by the caller. Not thread-safe.
 
@@ -73,7 +128,8 @@ class Loop:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        """Whether there are unfinished requests, or plans whose pages come free with their results."""
+        return self.scheduler.has_work or self.scheduler.num_in_flight > 0
 
     def add(self, request: Request, resumed: Mapping[int, array[int]] | None = None) -> None:
         """Queue a request, or some of its samples from where they stopped elsewhere. See ShardScheduler.add."""
@@ -128,5 +184,5 @@ class Loop:
             sent = perf_counter()
             self.schedule_seconds += sent - began
             self.pipe.send(plan)
-            if self.scheduler.num_in_flight >= self.scheduler.config.num_stages:
+            if self.scheduler.num_in_flight >= self.scheduler.config.max_in_flight:
                 return

@@ -22,6 +22,11 @@ def ints() -> array[int]:
     return array("i")
 
 
+def pending_token(entry: int) -> int:
+    """What stands in a plan for the token that the plan before it finds for one of its sample entries."""
+    return -1 - entry
+
+
 def by_column(num_columns: int = 1) -> list[array[int]]:
     """An empty array for each column."""
     return [ints() for _ in range(num_columns)]
@@ -61,7 +66,7 @@ class Plan:
     slots: array[int] = field(default_factory=ints)
     query_start: array[int] = field(default_factory=lambda: array("i", (0,)))
     first_position: array[int] = field(default_factory=ints)
-    # [T] input token ids
+    # [T] input token ids; below 0 is one that the plan before samples (`pending_token`)
     tokens: array[int] = field(default_factory=ints)
     # [C] tables[table_slot, table_index] = table_blocks[column] in group table_group, before the copies
     table_slot: array[int] = field(default_factory=ints)

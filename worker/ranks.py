@@ -88,6 +88,7 @@ class Ranks:
         sizes: of messages, equal on all ranks.
         identity: of model, layout and configuration; a rank with another is refused.
         ways: how ranks talk to each other.
+        overlaps: with one stage, too, the leader's own part runs on a thread of its own (asynchronous scheduling).
         on_over: told once of each epoch's end, from any thread.
 
     Attributes:
@@ -103,6 +104,7 @@ class Ranks:
         identity: bytes,
         secret: bytes,
         ways: Ways | None = None,
+        overlaps: bool = False,
         on_over: Callable[[str], None] = lambda why: None,
     ) -> None:
         self.part, self.layout = part, part.layout
@@ -114,6 +116,7 @@ class Ranks:
         self.num_plan_bytes = 0
         self._sizes, self._identity, self._secret = sizes, identity, secret
         self._ways = ways or Ways()
+        self._overlaps = overlaps or self.layout.pipeline > 1
         self._members: dict[int, _Member] = {}
         self._refused: dict[int, str] = {}  # ranks that came and may not, and why
         self._plans: dict[tuple[int, int], Channel] = {}  # by rank and epoch
@@ -125,6 +128,7 @@ class Ranks:
         self._over: str | None = "no epoch has begun"
         self._chain = Chain()
         self._own: queue.SimpleQueue[Plan | None] = queue.SimpleQueue()
+        self._found: queue.SimpleQueue[StepResult | None] = queue.SimpleQueue()
         self._computing: threading.Thread | None = None
         self._door: Door | None = None
         self._closed = False
@@ -327,9 +331,10 @@ class Ranks:
             channels = {rank: self._plans[rank, epoch] for rank in members}
         self._broadcast = group.make_broadcast(channels)
         self._own_runner.reset(group)
-        self._own = queue.SimpleQueue()
-        if self.layout.pipeline > 1:
-            self._computing = threading.Thread(target=self._compute, args=(self._own,), name="stage", daemon=True)
+        self._own, self._found = queue.SimpleQueue(), queue.SimpleQueue()
+        if self._overlaps:
+            queues = self._own, self._found
+            self._computing = threading.Thread(target=self._compute, args=queues, name="stage", daemon=True)
             self._computing.start()
 
     def leave(self) -> None:
@@ -464,8 +469,11 @@ class Ranks:
         return result
 
     def _own_result(self) -> StepResult:
-        plan = self._own.get()
-        result = self._run(plan) if plan is not None else None  # closed meanwhile
+        if self._overlaps:
+            result = self._found.get()
+        else:
+            plan = self._own.get()
+            result = self._run(plan) if plan is not None else None  # closed meanwhile
         self.check()
         assert result is not None, "the leader is the first rank of the only stage"
         return result
@@ -508,9 +516,10 @@ class Ranks:
             self.end(f"rank 0: plan {plan.number} failed ({type(error).__name__})")
         return None
 
-    def _compute(self, plans: queue.SimpleQueue[Plan | None]) -> None:
+    def _compute(self, plans: queue.SimpleQueue[Plan | None], found: queue.SimpleQueue[StepResult | None]) -> None:
         while (plan := plans.get()) is not None and self._over is None:
-            self._run(plan)
+            found.put(self._run(plan))
+        found.put(None)
 
     def _result(self) -> StepResult:
         channel = self._plans[self.layout.num_ranks - self.layout.tensor, self.epoch]

@@ -11,7 +11,7 @@ import torch
 from kernels.decoder import Head
 from kernels.peers import PeersBroken
 from worker.group import Group
-from worker.heads import gather_head
+from worker.heads import gather_head, share_tokens
 from worker.kv_cache import PagedKVCache
 from worker.layout import Part
 from worker.model import Decoder
@@ -42,14 +42,19 @@ class Runner:
         sampler: Sampler,
         part: Part | None = None,
         vocab_widths: tuple[int, ...] = (),
+        *,
+        fills_tokens: bool = False,
     ) -> None:
         """
         Args:
             vocab_widths: rows of the head on each tensor rank of the stage.
+            fills_tokens: plans may leave tokens open that the plan before finds (asynchronous scheduling), so all ranks
+                must know them.
         """
         self.model, self.cache, self.tables, self.sampler, self.part = model, cache, tables, sampler, part
         self.group: Group | None = None
-        self._widths = vocab_widths
+        self._widths, self._fills_tokens = vocab_widths, fills_tokens
+        self._found: npt.NDArray[np.int32] = np.empty(0, np.int32)  # by the last plan
 
     @property
     def answers(self) -> bool:
@@ -78,9 +83,13 @@ class Runner:
             self.cache.copy_pages(torch.from_numpy(source), torch.from_numpy(target))
         result = StepResult(plan.number, array("i"))
         if plan.num_tokens:
-            hidden = self._forward(plan, self.tables.batch(plan, self.model.windows))
+            batch = self.tables.batch(plan, self.model.windows)
+            fill_tokens(batch.tokens.numpy(), self._found)
+            hidden = self._forward(plan, batch)
             if is_last:
                 self._sample(plan, hidden, result)
+                if self._fills_tokens:
+                    self._found = np.array(result.tokens, np.int32)
                 result.scores = self._score(plan, hidden)
             if self.group is not None and self.group.previous is not None:
                 self.group.previous.release()
@@ -123,9 +132,11 @@ class Runner:
         if head.logits is None or not self.answers:
             self.sampler.count(array("i", (plan.sample_slot[entry] for entry in entries)))
             result.tokens = array("i", np.where(finite, head.tokens, -1).astype(np.int32).tobytes())
+            self._share(result, head)
             return
         result.tokens = array("i", [-1] * len(finite))
         if not entries:
+            self._share(result, head)
             return
         tokens, logprobs = self.sampler.sample(
             head.logits[entries] if result.failed else head.logits,
@@ -138,6 +149,15 @@ class Runner:
             if token < 0:
                 result.failed[entry] = NOTHING_LEFT
         result.logprobs = {entries[index]: found for index, found in logprobs.items()}
+        self._share(result, head)
+
+    def _share(self, result: StepResult, head: Head) -> None:
+        """The answering rank's tokens on all ranks, where these did not find the same and the next plan may need them.
+
+        A failed entry's token is -1 there, as in the result."""
+        if self._fills_tokens and head.logits is not None and self.group is not None and self.group.tensor is not None:
+            tokens = np.array(result.tokens, np.int32)
+            result.tokens = array("i", share_tokens(self.group.tensor, tokens).tobytes())
 
     def _score(self, plan: Plan, hidden: torch.Tensor) -> list[TokenLogprobs]:
         rows, scores = ints(plan.score_row).astype(np.int64), list[TokenLogprobs]()
@@ -148,3 +168,11 @@ class Runner:
             if self.answers:
                 scores += self.sampler.score(logits, plan.score_token[part], plan.score_slot[part])
         return scores
+
+
+def fill_tokens(tokens: npt.NDArray[np.int64], found: npt.NDArray[np.int32]) -> None:
+    """Put what the plan before has found in the place of tokens that were left open. What stands in a failed entry's
+    place does not matter: its sequence has ended, and its row counts for nothing."""
+    where = np.flatnonzero(tokens < 0)
+    if len(where):
+        tokens[where] = np.maximum(found[-1 - tokens[where]], 0)

@@ -5,7 +5,8 @@
     FORK --the parent's last prompt chunk is planned--> DECODE       (no slot left: --> WAIT)
 
 `schedule` makes the next plan and books its effects at once (tokens computed, pages filled and findable); `retire`
-takes the plan's result. With P stages P plans may be in flight; a sequence that awaits its token sits out, a prompt's
+takes the plan's result. With P stages P plans may be in flight; a sequence that awaits its token sits out (with
+asynchronous scheduling it is in the next plan with a token to be filled in, unless that token must end it), a prompt's
 next chunk need not wait for the one before. Promises, in this order:
 
 1. The oldest unfinished sequence advances in every plan, except while it awaits its token or pages that plans in flight
@@ -72,7 +73,7 @@ class ShardScheduler:
         # (sequence, whether it ended) that gave up their pages, for whoever reports it
         self.departed: list[tuple[SequenceId, bool]] | None = None
         self._admission = Admission(config, pool)
-        self._stages = Stages(config.num_stages, config.block_size)
+        self._stages = Stages(config.num_stages, config.block_size, int(config.async_scheduling))
         self._identity = identity
         self._requests: dict[str, dict[int, Sequence]] = {}  # unfinished, by request id and sample index
         self._forks: dict[SequenceId, list[Sequence]] = {}  # FORK sequences by parent
@@ -185,7 +186,7 @@ class ShardScheduler:
         """The next plan, or None where a plan in flight has to retire first: for all stages are busy, or nothing can
         advance."""
         oldest = self._oldest()
-        if oldest is None or len(self._in_flight) >= self.config.num_stages:
+        if oldest is None or len(self._in_flight) >= self.config.max_in_flight:
             return None
         ready, places = self._stages.decodes(self.running, oldest)
         prefills = [s for s in self.running if s.state is State.PREFILL]
@@ -202,7 +203,7 @@ class ShardScheduler:
         for sequence in ready:
             if not places:
                 break
-            if sequence.state is State.DECODE and not sequence.pending:
+            if self._stages.is_ready(sequence):
                 places -= self._plan_decode(sequence, step)
         self._plan_prompts(prefills, share, step)
         if not step.rows:
@@ -228,7 +229,7 @@ class ShardScheduler:
             if sequence.state is not State.DONE:
                 outputs.append(output)
         for index, (sequence, _) in enumerate(step.samples):
-            sequence.pending = 0
+            sequence.pending -= 1
             if sequence.state is State.DONE:
                 continue
             if index in result.failed:
@@ -236,6 +237,8 @@ class ShardScheduler:
                 continue
             token = result.tokens[index]
             sequence.tokens.append(token)
+            if sequence.num_computed == len(sequence.tokens):  # a plan in flight computes it already
+                self._in_flight[sequence.last_plan].seal(sequence)
             reason = sequence.ended_by(token)
             if reason is None:
                 output = TokenOutput(sequence.request.request_id, sequence.sample_index, token)
@@ -396,7 +399,7 @@ class ShardScheduler:
                 return self._recompute(sequence, step)
             return False  # it keeps its pages and waits
         if missing and table.is_stuck():
-            return self._recompute(sequence, step)
+            return not sequence.pending and self._recompute(sequence, step)
         step.append(sequence, 1)
         step.sample(sequence, sequence)
         return True

@@ -41,9 +41,11 @@ class Sequence:
         turn: among those that wait, the smaller begins first.
         tokens: prompt and outputs, int32.
         num_computed: tokens whose K and V are in pages, or will be by the plans made so far; equals `table.num_tokens`.
+            The last of them may be pending, and not in `tokens` yet.
         digests: prefix digests of the full pages of `tokens`, as far as computed.
         num_sealed: pages of the table that went through `seal` (or came from the tree).
-        pending: sample entries in flight, 0 or 1.
+        pending: sample entries in flight: 0 or 1, with asynchronous scheduling up to 2.
+        entry: of the plan that it samples in last, which sample entry is its own.
         last_plan: the last plan that names the sequence's pages.
         num_sent: pages of the table that the ranks know under `slot`; -1 before the ranks know the sequence.
         resend: indices below `num_sent` whose page was swapped since.
@@ -55,6 +57,7 @@ class Sequence:
     __slots__ = (
         "cached_tokens",
         "digests",
+        "entry",
         "last_plan",
         "max_tokens",
         "num_computed",
@@ -102,6 +105,7 @@ class Sequence:
         self.resend: list[int] = []
         self.num_scored = 0 if request.params.prompt_logprobs is not None and sample_index == 0 else self.prompt_length
         self.pending = 0
+        self.entry = 0
         self.last_plan = PlanNumber(0)
         self.preemptions = 0
         self.cached_tokens = -1
@@ -116,6 +120,11 @@ class Sequence:
     @property
     def num_outputs(self) -> int:
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def may_step(self) -> bool:
+        """Whether it is not sure already that the tokens in flight end it."""
+        return self.num_outputs + self.pending < self.max_tokens
 
     @property
     def max_length(self) -> int:

@@ -19,7 +19,7 @@ from worker.config import ShardConfig
 from worker.heads import row_bytes
 from worker.kv_cache import PagedKVCache
 from worker.layout import Layout, Part
-from worker.loop import Inline, Loop, Pipe
+from worker.loop import Inline, Loop, Pipe, Threaded
 from worker.model import Decoder
 from worker.model_config import ModelConfig
 from worker.native_model import NativeModel
@@ -113,7 +113,12 @@ def build_loop(
         progress: called with (bytes done, bytes in all) while weights load.
     """
     spec = ShardSpec(folder, model, config, dtype, first_device=device_id)
-    return make_loop(spec, Inline(build_runner(spec, 0, threads, progress)))
+    return make_loop(spec, make_pipe(spec, build_runner(spec, 0, threads, progress)))
+
+
+def make_pipe(spec: ShardSpec, runner: Runner) -> Inline | Threaded:
+    """What carries out the plans of a shard of one rank."""
+    return Threaded(runner) if spec.config.async_scheduling else Inline(runner)
 
 
 def make_loop(spec: ShardSpec, pipe: Pipe) -> Loop:
@@ -150,12 +155,13 @@ def build_runner(spec: ShardSpec, rank: int, threads: int, progress: Progress | 
     sampler = Sampler(model.vocab_size, config.max_num_seqs, choose)
     first = part.stage * layout.tensor
     widths = tuple(len(each.vocab) for each in layout.parts(model)[first : first + layout.tensor])
-    return Runner(decoder, cache, tables, sampler, part, widths)
+    return Runner(decoder, cache, tables, sampler, part, widths, fills_tokens=config.async_scheduling)
 
 
 def make_ranks(spec: ShardSpec, secret: bytes) -> Ranks:
     """Several ranks as their leader sees them, without its own runner yet."""
-    return Ranks(spec.layout.part(spec.model, 0), spec.sizes(), spec.identity, secret, spec.ways)
+    part = spec.layout.part(spec.model, 0)
+    return Ranks(part, spec.sizes(), spec.identity, secret, spec.ways, spec.config.async_scheduling)
 
 
 def build_rank(

@@ -21,18 +21,22 @@ class Stages:
     is least for c = sqrt(tokens * cost / (P - 1)).
     """
 
-    def __init__(self, num_stages: int, block_size: int) -> None:
-        self.num_stages, self.block_size = num_stages, block_size
+    def __init__(self, num_stages: int, block_size: int, most_pending: int = 0) -> None:
+        """
+        Args:
+            most_pending: tokens that a sequence may await and be in the next plan.
+        """
+        self.num_stages, self.block_size, self._most_pending = num_stages, block_size, most_pending
         self._piece = 0
 
     def decodes(self, running: ListOf[Sequence], oldest: Sequence) -> tuple[list[Sequence], int]:
-        """(decodes that do not await a token, in the order in which they come; how many of them the next plan takes).
+        """(decodes that may be in the next plan, in the order in which they come; how many of them it takes).
 
         Args:
             running: all sequences that run, oldest first.
             oldest: comes first where it is ready, and takes nobody's turn.
         """
-        ready = [s for s in running if s.state is State.DECODE and not s.pending]
+        ready = [s for s in running if self.is_ready(s)]
         if self.num_stages == 1:
             return ready, len(ready)
         num_decodes = sum(s.state is State.DECODE for s in running)
@@ -43,6 +47,10 @@ class Stages:
             ready.insert(0, ready.pop(turn))  # before anybody takes the last page
             places += turn >= places
         return ready, places
+
+    def is_ready(self, sequence: Sequence) -> bool:
+        """Whether it may decode in the next plan."""
+        return sequence.state is State.DECODE and sequence.pending <= self._most_pending and sequence.may_step
 
     def prompt_tokens(self, prefills: ListOf[Sequence], waiting: ListOf[Sequence], most: int) -> int:
         """How many prompt tokens the next plan takes of what `prefills` and `waiting` still have to compute; `most`,

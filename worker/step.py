@@ -12,7 +12,7 @@ from pagetable.ids import LogicalPageId, PlanNumber, SequenceId
 from pagetable.page import PagePool
 from pagetable.prefix_tree import NO_PAGE, extend_digests
 from worker.config import ShardConfig
-from worker.plan import Admit, Plan, by_column
+from worker.plan import Admit, Plan, by_column, pending_token
 from worker.sequence import Sequence
 
 
@@ -85,15 +85,11 @@ class Step:
         self.fresh.extend(map(LogicalPageId, table.pages[before:]))
         sequence.num_computed += count
         sequence.last_plan = plan.number
-        if (
-            self._config.enable_prefix_caching
-            and sequence.num_computed // self._config.block_size > sequence.num_sealed
-        ):
-            self._seal(sequence)
+        self.seal(sequence)
 
     def sample(self, sequence: Sequence, source: Sequence) -> None:
         """`sequence` samples its next token from the last logits of `source`'s row."""
-        sequence.pending = 1
+        sequence.pending += 1
         sequence.last_plan = self.plan.number
         self.samples.append((sequence, source))
 
@@ -121,7 +117,9 @@ class Step:
             sequence, start, offset = row.sequence, row.start, len(plan.tokens)
             plan.slots.append(sequence.slot)
             plan.first_position.append(start)
-            if row.count == 1:
+            if start == len(sequence.tokens):
+                plan.tokens.append(pending_token(sequence.entry))
+            elif row.count == 1:
                 plan.tokens.append(sequence.tokens[start])
             else:
                 plan.tokens.extend(sequence.tokens[start : start + row.count])
@@ -129,19 +127,25 @@ class Step:
             ends[sequence.sequence_id] = len(plan.tokens) - 1
             if sequence.num_scored < sequence.prompt_length - 1:
                 self._score(row, offset)
-        for sequence, source in self.samples:
+        for entry, (sequence, source) in enumerate(self.samples):
             plan.sample_row.append(ends[source.sequence_id])
             plan.sample_slot.append(sequence.slot)
-            plan.sample_position.append(len(sequence.tokens))
+            plan.sample_position.append(len(sequence.tokens) + sequence.pending - 1)
+            sequence.entry = entry
         return plan
 
-    def _seal(self, sequence: Sequence) -> None:
-        """Let others find the pages that this plan fills; where one of equal content is there already, use that."""
+    def seal(self, sequence: Sequence) -> None:
+        """Let others find the pages that this plan fills, as far as their tokens are known; where one of equal content
+        is there already, use that."""
         table, size = sequence.table, self._config.block_size
-        full = sequence.num_computed // size
+        full = min(sequence.num_computed, len(sequence.tokens)) // size
+        if full <= sequence.num_sealed or not self._config.enable_prefix_caching:
+            return
         extend_digests(sequence.digests, sequence.root, sequence.tokens, size, full)
         for index in range(sequence.num_sealed, full):
             page = LogicalPageId(table.pages[index])
+            if self._is_shared(page):  # forked before its last token was known: when the fork has its copy
+                return
             parent = LogicalPageId(table.pages[index - 1]) if index else NO_PAGE
             found = self._pool.seal(page, sequence.digests[index], parent)
             if found == page:
@@ -149,7 +153,10 @@ class Step:
             else:
                 table.swap(index, found, self.plan.number)
                 sequence.resend.append(index)  # this plan still reads and writes its own page
-        sequence.num_sealed = full
+            sequence.num_sealed = index + 1
+
+    def _is_shared(self, page: LogicalPageId) -> bool:
+        return self._pool.users(page) != 1
 
     def _send(self, sequence: Sequence, indices: ListOf[int]) -> None:
         """Tell the ranks where these pages of the sequence's table are."""

@@ -268,8 +268,11 @@ def test_an_exact_fit_is_served_and_one_token_more_is_refused(small: Path) -> No
     assert len(results[0].outputs[0].token_ids) == 200
 
 
-def test_a_failing_step_ends_its_requests_and_no_others(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = open_small(small)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_failing_step_ends_its_requests_and_no_others(
+    small: Path, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = open_small(small, async_scheduling=ahead)
     prompt = drawn(10, 40)
     canary = (
         llm.generate([prompt], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))[0].outputs[0].token_ids

@@ -138,6 +138,22 @@ def test_every_layout_says_the_tokens_of_one_rank(
         with pytest.raises(ConfigError, match="possible: "):
             layout.check(spec.model)
         return
+    check(spec, hosts, expected)
+
+
+AHEAD = [Layout(), Layout(2), Layout(2, 1, 2), Layout(4, 1, 4)]
+
+
+@pytest.mark.parametrize("layout", AHEAD, ids=lambda each: f"T{each.tensor}P{each.pipeline}G{each.page}")
+def test_so_it_does_with_plans_made_ahead(
+    layout: Layout, folder: Path, hosts: Hosts, expected: dict[tuple[str, int], list[int]]
+) -> None:
+    spec = make_spec(folder, layout, **TIGHT, async_scheduling=True)
+    if layout.is_possible(spec.model):
+        check(spec, hosts, expected)
+
+
+def check(spec: ShardSpec, hosts: Hosts, expected: dict[tuple[str, int], list[int]]) -> None:
     with hosts.loop(spec) as (loop, _):
         tape = run(loop, spec)
         pool = loop.scheduler.pool
@@ -149,7 +165,7 @@ def test_every_layout_says_the_tokens_of_one_rank(
     assert fork == base[len(base) - len(fork) :] and len(fork) >= 1
     assert all(tape.ends[key].finish_reason is FinishReason.LENGTH for key in expected)
     devices = {device for output in tape.ends.values() for device, _ in output.pages}
-    assert devices == set(range(layout.page))
+    assert devices == set(range(spec.layout.page))
 
 
 def test_a_batch_from_the_command_line_over_ranks(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ ONE: dict[str, Any] = {"data_parallel_size": 1, "place_seconds": SECONDS}  # its
 T2: dict[str, Any] = {**ONE, "tensor_parallel_size": 2}
 P2: dict[str, Any] = {**ONE, "pipeline_parallel_size": 2}
 T2G2: dict[str, Any] = {**T2, "page_parallel_size": 2}
+AHEAD: dict[str, Any] = {**T2, "async_scheduling": True}
 BY_TORCH: dict[str, Any] = {**T2, "table_broadcast": "torch"}
 
 
@@ -64,7 +65,7 @@ async def disturbed(it: Running, pid: int, number: signal.Signals, expected: lis
     await it.comes_to_rest()
 
 
-@pytest.mark.parametrize("layout", [T2, P2, T2G2, BY_TORCH], ids=["T2", "P2", "T2G2", "T2 by torch"])
+@pytest.mark.parametrize("layout", [T2, P2, T2G2, BY_TORCH, AHEAD], ids=["T2", "P2", "T2G2", "T2 by torch", "ahead"])
 def test_streams_outlive_each_rank(model: str, layout: dict[str, Any], expected: list[list[int]]) -> None:
     async def scenario() -> None:
         async with running(model, **layout) as it:

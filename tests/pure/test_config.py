@@ -47,6 +47,7 @@ def test_defaults_are_the_ones_that_the_documents_name() -> None:
         "max_num_partial_prefills": 8,
         "enable_prefix_caching": True,
         "deterministic": False,
+        "async_scheduling": False,
         "dtype": "auto",
         "kv_cache_dtype": "auto",
         "seed": 0,

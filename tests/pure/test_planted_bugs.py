@@ -145,7 +145,7 @@ def sealed_before_it_is_full(patch: Patch) -> None:
         whole = len(sequence.table) * self._config.block_size
         if self._config.enable_prefix_caching and sequence.num_computed < whole <= len(sequence.tokens):
             computed, sequence.num_computed = sequence.num_computed, whole
-            self._seal(sequence)
+            self.seal(sequence)
             sequence.num_computed = computed
 
     patch.setattr(Step, "append", early)
@@ -159,13 +159,13 @@ def victim_is_the_oldest(patch: Patch) -> None:
 
 @bug
 def swapped_page_not_sent(patch: Patch) -> None:
-    seal = Step._seal
+    seal = Step.seal
 
     def silent(self: Step, sequence: Sequence) -> None:
         seal(self, sequence)
         sequence.resend.clear()
 
-    patch.setattr(Step, "_seal", silent)
+    patch.setattr(Step, "seal", silent)
 
 
 @bug
@@ -262,8 +262,57 @@ def at_rest_with_the_plan_before(patch: Patch) -> None:
     patch.setattr(PagePool, "retire", lambda self, plan: retire(self, PlanNumber(plan + 1)))
 
 
+@bug
+def another_entry_of_the_plan_before(patch: Patch) -> None:
+    patch.setattr(worker.step, "pending_token", lambda entry: -1)
+
+
+@bug
+def a_pending_token_is_not_counted(patch: Patch) -> None:
+    write = Step.write
+
+    def short(self: Step) -> object:
+        plan = write(self)
+        plan.sample_position = array("i", (len(sequence.tokens) for sequence, _ in self.samples))
+        return plan
+
+    patch.setattr(Step, "write", short)
+
+
+@bug
+def sealed_with_a_token_that_is_not_known(patch: Patch) -> None:
+    seal = Step.seal
+
+    def early(self: Step, sequence: Sequence) -> None:
+        unknown = max(0, sequence.num_computed - len(sequence.tokens))
+        sequence.tokens.extend([0] * unknown)
+        seal(self, sequence)
+        if unknown:
+            del sequence.tokens[-unknown:]
+
+    patch.setattr(Step, "seal", early)
+
+
+@bug
+def computed_again_while_it_awaits_a_token(patch: Patch) -> None:
+    decode = ShardScheduler._plan_decode
+
+    def hasty(self: ShardScheduler, sequence: Sequence, step: Step) -> bool:
+        pending, sequence.pending = sequence.pending, 0
+        found = decode(self, sequence, step)
+        sequence.pending += pending
+        return found
+
+    patch.setattr(ShardScheduler, "_plan_decode", hasty)
+
+
+@bug
+def a_fork_s_page_is_sealed(patch: Patch) -> None:
+    patch.setattr(Step, "_is_shared", lambda self, page: False)
+
+
 def run(seed: int, steps: int = 100) -> None:
-    simulation = Simulation(seed)
+    simulation = Simulation(seed, 1, 2, async_scheduling=True) if seed % 2 else Simulation(seed)
     for _ in range(steps):
         simulation.step()
     simulation.drain()
@@ -273,6 +322,6 @@ def run(seed: int, steps: int = 100) -> None:
 def test_planted_bug_is_found(name: str, monkeypatch: Patch) -> None:
     BUGS[name](monkeypatch)
     with pytest.raises(Exception) as found:
-        for seed in range(60):
+        for seed in range(120):
             run(seed)
     assert not isinstance(found.value, (TypeError, NameError)), "the bug itself is broken"

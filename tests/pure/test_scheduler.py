@@ -344,6 +344,40 @@ def test_plans_retire_in_order() -> None:
     shard.retire(second)
 
 
+def test_a_plan_made_ahead_leaves_open_what_the_one_before_finds() -> None:
+    shard = Shard(async_scheduling=True)
+    shard.add("a", [1] * 5, max_tokens=3)
+    shard.add("b", [2] * 9, max_tokens=1)
+    first = shard.schedule()
+    second = shard.schedule()
+    assert list(second.tokens) == [-1 - list(first.sample_slot).index(second.slots[0])]
+    assert list(second.first_position) == [5] and list(second.sample_position) == [6]
+    assert shard.scheduler.schedule() is None, "no more than two are in flight"
+    shard.retire(first)
+    third = shard.schedule()
+    assert list(third.tokens) == [-1] and list(third.sample_position) == [7]
+    shard.retire(second)
+    assert shard.scheduler.schedule() is None, "what is in flight ends it"
+    shard.retire(third)
+    assert not shard.scheduler.has_work and shard.scheduler.pool.num_used == 0
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_every_full_page_of_what_has_ended_is_found(ahead: bool) -> None:
+    shard = Shard(async_scheduling=ahead, max_num_seqs=1)
+    for name, length in (("a", 12), ("b", 13), ("c", 14)):
+        shard.add(name, [length] * 20, max_tokens=length + 1)
+        while shard.scheduler.has_work or shard.scheduler.num_in_flight:
+            while (plan := shard.scheduler.schedule()) is not None:
+                shard.plans.append(plan)
+            shard.retire(shard.plans[shard.steps])
+        shard.add(name, [*[length] * 20, *[7] * length, 9, 9])
+        shard.schedule()
+        assert shard.scheduler._find(name, 0).cached_tokens == 32
+        shard.scheduler.cancel(name)
+        shard.retire(shard.plans[-1])
+
+
 def test_failed_plans_end_their_sequences_and_spoil_no_page() -> None:
     """Those in the plans end; one that only took over a page which never came computes it itself."""
     shard = Shard(max_num_batched_tokens=36, max_num_seqs=4, num_stages=2)

@@ -40,3 +40,17 @@ def test_so_it_is_over_groups_and_stages(groups: int, depth: int) -> None:
         recomputed += simulation.scheduler.num_recomputed
     assert tokens > 400 and preemptions > 0 and evictions > 50
     assert groups == 1 or recomputed > 0, "no copy was without room in its group"
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_so_it_is_with_plans_made_before_their_tokens_are_known(groups: int) -> None:
+    tokens = preemptions = filled = 0
+    for seed in range(30):
+        simulation = Simulation(5000 + 100 * groups + seed, 1, groups, async_scheduling=True)
+        for _ in range(STEPS):
+            simulation.step()
+        simulation.drain()
+        tokens += simulation.num_tokens
+        preemptions += simulation.scheduler.num_preemptions
+        filled += simulation.device.num_filled
+    assert preemptions > 0 and filled > tokens / 2 > 1000

@@ -97,6 +97,11 @@ def test_a_number_of_stages_below_one_is_refused() -> None:
         ShardConfig(num_blocks=100, max_model_len=100, num_stages=0)
 
 
+def test_several_stages_overlap_without_being_asked() -> None:
+    with pytest.raises(ConfigError, match="async_scheduling: got True, must be False with 2 stages"):
+        ShardConfig(num_blocks=100, max_model_len=100, num_stages=2, async_scheduling=True)
+
+
 def test_the_next_chunk_is_planned_while_the_one_before_is_in_flight() -> None:
     pipe = Pipeline(3)
     pipe.add("long", 4000)
