@@ -40,7 +40,7 @@ PARTS: list[tuple[str, int, list[Target]]] = [
     ("decodes", 1, [(ShardScheduler, "_plan_decode")]),
     ("book rows", 2, [(Step, "append")]),
     ("table append", 3, [(BlockTable, "append")]),
-    ("seal", 3, [(Step, "_seal")]),
+    ("seal", 3, [(Step, "seal")]),
     ("book samples", 2, [(Step, "sample")]),
     ("prompts", 1, [(ShardScheduler, "_plan_prompts")]),
     ("write", 1, [(Step, "write")]),
