@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kernels import int8
+from kernels import checks, int8
 
 if TYPE_CHECKING:
     from kernels.ops import Mask, PageList
@@ -127,7 +127,7 @@ def read(data: torch.Tensor) -> None:
 class Native:
     """The C++ backend of `kernels.ops` at one instruction level. Threads: torch.get_num_threads()."""
 
-    float64 = False
+    takes = checks.Takes()
 
     def __init__(self, level: str) -> None:
         library = _library()

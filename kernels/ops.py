@@ -4,7 +4,8 @@ A pool is a tensor of logical shape [layers, blocks, 2 (K, V), kv_heads, block_s
 whose inner four dimensions are contiguous. The strides of layers and blocks are free, so that layer-major and
 page-major pools are the same to a kernel. A pool of int8 has scales in its pages (`int8.py`).
 
-Backends: `reference.py` (torch, the oracle) and `cpu.py` (C++). Arguments are checked here, ids where they are read.
+Backends: `reference.py` (torch, the oracle), `cpu.py` (C++) and `triton_attention.py` (NVIDIA GPUs). Arguments are
+checked here, ids where they are read.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from kernels import checks
 from pagetable.errors import ConfigError
 
-CHOICES = ("auto", "reference", "plain", "avx2", "avx512")
+CHOICES = ("auto", "reference", "plain", "avx2", "avx512", "triton")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,8 @@ class Backend(Protocol):
     def name(self) -> str: ...
 
     @property
-    def float64(self) -> bool:
-        """Whether float64 is taken too (the oracle only)."""
+    def takes(self) -> checks.Takes:
+        """Dtypes, and the device of tensors."""
         ...
 
     def attend(
@@ -119,7 +120,7 @@ def attend(
     """
     backend = backend or default_backend()
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    checks.check_attend(q, query_start, pools, layer, pages, mask, factor, backend.float64)
+    checks.check_attend(q, query_start, pools, layer, pages, mask, factor, backend.takes)
     return backend.attend(q, query_start, pools, layer, pages, mask, factor)
 
 
@@ -136,7 +137,7 @@ def merge(
         out [T, H, D] and lse [T, H]; only empty parts give (0, -inf).
     """
     backend = backend or default_backend()
-    checks.check_merge(outs, lses, backend.float64)
+    checks.check_merge(outs, lses, backend.takes)
     return backend.merge(outs, lses)
 
 
@@ -160,7 +161,7 @@ def write_kv(
         ValueError: a slot beyond the pool, or a dtype or shape that may not be; nothing was written.
     """
     backend = backend or default_backend()
-    checks.check_write(k, v, pool, layer, slots, backend.float64)
+    checks.check_write(k, v, pool, layer, slots, backend.takes)
     backend.write_kv(k, v, pool, layer, slots)
 
 
@@ -176,7 +177,7 @@ def copy_pages(
         ValueError: an id beyond the pool, or a dtype or shape that may not be; nothing was copied.
     """
     backend = backend or default_backend()
-    checks.check_copy(pool, source, target, backend.float64)
+    checks.check_copy(pool, source, target, backend.takes)
     backend.copy_pages(pool, source, target)
 
 
@@ -193,6 +194,8 @@ def pick(choice: str) -> Backend:
         raise ConfigError("QUIRE_KERNELS", choice, f"be one of {', '.join(CHOICES)}")
     if choice == "reference":
         return Reference()
+    if choice == "triton":
+        return _triton()
     missing = cpu.why_missing()
     if choice == "auto":
         if missing is None:
@@ -204,6 +207,19 @@ def pick(choice: str) -> Backend:
     if choice not in cpu.levels():
         raise ConfigError("QUIRE_KERNELS", choice, f"be a level of this CPU ({', '.join(cpu.levels())}) or auto")
     return cpu.Native(choice)
+
+
+def _triton() -> Backend:
+    try:
+        from kernels.triton_attention import Triton
+
+        backend = Triton()
+    except ImportError as error:
+        cure = "pip install 'quire[gpu]'"
+        raise ConfigError("QUIRE_KERNELS", "triton", f"have Triton installed ({error})", cure) from None
+    if backend.takes.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("QUIRE_KERNELS", "triton", "have a CUDA device", "choose auto")
+    return backend
 
 
 @functools.cache

@@ -20,7 +20,7 @@ class Reference:
     """The torch backend of `kernels.ops`."""
 
     name = "reference"
-    float64 = True
+    takes = checks.Takes((torch.float32, torch.bfloat16, torch.float64))
 
     def attend(
         self,

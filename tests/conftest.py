@@ -8,6 +8,9 @@ from pathlib import Path
 # Before anything imports torch: OpenMP reads these once.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["OMP_WAIT_POLICY"] = "passive"
+# Before anything imports Triton: it decorates its kernels as it finds this.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from launch.flags import CONFIG_VARIABLES
 

@@ -195,9 +195,13 @@ def build_model(
     Args:
         part: what a rank of several holds; None is the whole model.
 
-    Errors: ConfigError where `deterministic` or one of several ranks is asked of torch, which cannot be either.
+    Errors: ConfigError where `deterministic` or one of several ranks is asked of torch, which cannot be either, and
+    where the kernels are a GPU's.
     """
     backend = ops.default_backend()
+    if backend.takes.device != "cpu":
+        limit = "be a backend of CPUs: models do not run on a GPU yet"
+        raise ConfigError("QUIRE_KERNELS", backend.name, limit, "unset it")
     if isinstance(backend, Native):
         torch.set_num_threads(1)  # two teams of threads would fight for the cores
         return NativeModel(config, weights, dtype, backend, threads, progress, part=part, deterministic=deterministic)
