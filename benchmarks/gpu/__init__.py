@@ -1,0 +1,1 @@
+"""Benchmarks that need a GPU. Nothing of Ray is imported."""
