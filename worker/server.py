@@ -318,7 +318,7 @@ class ShardServer:
             self._send(self._clients[number].connection, Kind.BEGUN, frame)
         if frames:
             sent = threading.Event()
-            self._call(sent.set)
+            self._call(self._when_written, sent.set)
             sent.wait(SENT_SECONDS)
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
@@ -476,7 +476,15 @@ class ShardServer:
         try:
             connection.send(Kind.TOKENS, tokens)
         finally:
-            self._num_sent += 1
+            self._when_written(self._count_sent)
+
+    def _count_sent(self) -> None:
+        self._num_sent += 1
+
+    def _when_written(self, function: Callable[[], None]) -> None:
+        """On the socket thread. uvloop writes at the end of a turn: what the next one calls comes after."""
+        assert self._sockets is not None
+        self._sockets.call_soon(function)
 
     def _send(self, connection: Connection, kind: Kind, message: Message) -> None:
         self._call(connection.send, kind, message)
