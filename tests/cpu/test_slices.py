@@ -24,6 +24,7 @@ from kernels import cpu
 from kernels.cpu import CURE, Native
 from kernels.decoder import HALF_PANEL, PANEL, DecoderShape, NativeDecoder, Rows
 from kernels.peers import Peers, SharedPeers
+from kernels.reference import Reference
 from pagetable.errors import ConfigError
 from pagetable.ids import PlanNumber
 from tests.models import make_model
@@ -430,7 +431,7 @@ def test_no_rank_ever_holds_the_whole_model(tmp_path: Path, dtype: str) -> None:
 
 def test_torchs_decoder_is_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig.from_folder(make_model(tmp_path, **HEADS))
-    monkeypatch.setattr(shard.ops, "default_backend", lambda: object())
+    monkeypatch.setattr(shard.ops, "default_backend", Reference)
     threads = torch.get_num_threads()
     for layout, field in ((Layout(2), "tensor_parallel_size"), (Layout(1, 2), "pipeline_parallel_size")):
         with pytest.raises(ConfigError) as caught:
