@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MODULES = ("kernels.triton_attention", "kernels.triton_fused")
+MODULES = ("kernels.triton_attention", "kernels.triton_fused", "kernels.triton_sampling")
 KIB = 1024
 SHARED_LIMITS = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}  # of one block, bytes
 CHIPS = tuple(SHARED_LIMITS)

@@ -289,11 +289,10 @@ class ShardServer:
         totals.steps += 1
         totals.busy_seconds += seconds
         totals.last_step_seconds = seconds
-        if not self.loop.scheduler.config.async_scheduling:
-            self._num_earlier = self._num_queued
+        earlier = self._num_queued
         self._deliver(outputs)
-        if self.loop.scheduler.config.async_scheduling:  # the next plan waits behind one that runs: there is time
-            self._num_earlier = self._num_queued
+        # made ahead, the next plan waits behind one that runs: there is time to send this step's too
+        self._num_earlier = self._num_queued if self.loop.scheduler.config.async_scheduling else earlier
         self._report()
 
     def _planned(self, plan: Plan) -> None:

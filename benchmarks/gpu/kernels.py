@@ -555,11 +555,11 @@ class Bench:
         return q, k, v, angle.cos().float(), angle.sin().float(), slots
 
     def check_sampling(self) -> Iterator[Check]:
-        from kernels import triton_fused
+        from kernels import triton_sampling
 
         rows = min(self.sizes.sampled, 32)
         inputs = self._sampled(rows)
-        found = triton_fused.sample(*inputs)
+        found = triton_sampling.sample(*inputs)
         yield Check("sample", f"{rows} x {self.sizes.vocab}", unequal(found, tokens_float64(*inputs)), 0)
 
     def _sampled(self, rows: int) -> tuple[torch.Tensor, ...]:
@@ -787,7 +787,7 @@ class Bench:
         yield "pages", row
 
     def sample_rows(self) -> Iterator[tuple[str, Callable[[], Row]]]:
-        from kernels import triton_fused
+        from kernels import triton_sampling
 
         s = self.sizes
         for rows in (1, s.sampled):
@@ -797,9 +797,9 @@ class Bench:
                     logits, temperature, top_k, top_p, min_p, u = self._sampled(rows)
                     heat = torch.full_like(temperature, float(word != "greedy"))
                     if "top" in word:
-                        call = partial(triton_fused.sample, logits, heat, top_k, top_p, min_p, u)
+                        call = partial(triton_sampling.sample, logits, heat, top_k, top_p, min_p, u)
                     else:
-                        call = partial(triton_fused.sample, logits, heat, None, None, None, u)
+                        call = partial(triton_sampling.sample, logits, heat, None, None, None, u)
                     peers: dict[str, Call] = {"torch": lambda: logits.argmax(1)} if word == "greedy" else {}
                     return self._streamed("sample", f"{rows} x {s.vocab} {word}", 4 * logits.numel(), call, (), peers)
 

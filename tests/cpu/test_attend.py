@@ -6,7 +6,6 @@ no token was written, and new tensors are poisoned too, so that a value read or 
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,14 +31,6 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    seed = int(os.environ.get("QUIRE_TEST_SEED", random.SystemRandom().randrange(2**31)))
-    print(f"QUIRE_TEST_SEED={seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
 
 
 LENGTHS = (1, 15, 16, 17, 63, 64, 65, 300)

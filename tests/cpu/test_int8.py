@@ -10,9 +10,10 @@ import torch
 
 from kernels import int8, ops
 from kernels.reference import Reference
-from tests.cpu.test_attend import DTYPES, LENGTHS, LEVELS, Case, Shape, check, make, poisoned_memory, rng
+from tests.attention import Case, Shape, check, make
+from tests.cpu.test_attend import DTYPES, LENGTHS, LEVELS, poisoned_memory
 
-__all__ = ["poisoned_memory", "rng"]
+__all__ = ["poisoned_memory"]
 
 
 class Int8Case(Case):

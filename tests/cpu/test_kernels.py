@@ -23,14 +23,6 @@ LEVELS = ops.available()
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture
-def rng() -> random.Random:
-    seed = int(os.environ.get("QUIRE_TEST_SEED", random.SystemRandom().randrange(2**31)))
-    print(f"QUIRE_TEST_SEED={seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
-
-
 def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 

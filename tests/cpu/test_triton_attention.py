@@ -44,14 +44,6 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def rng() -> random.Random:
-    seed = int(os.environ.get("QUIRE_TEST_SEED", random.SystemRandom().randrange(2**31)))
-    print(f"QUIRE_TEST_SEED={seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
-
-
-@pytest.fixture
 def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of two pages, so that most rows are split."""
     monkeypatch.setattr(triton_attention, "MIN_TOKENS", 32)

@@ -10,14 +10,18 @@ SEEDS = range(100)
 STEPS = 100
 
 
+def finish(simulation: Simulation) -> None:
+    for _ in range(STEPS):
+        simulation.step()
+    simulation.drain()
+
+
 @pytest.mark.parametrize("first", SEEDS[::10])
 def test_every_token_is_right_and_no_page_is_lost(first: int) -> None:
     tokens = preemptions = evictions = 0
     for seed in range(first, first + 10):
         simulation = Simulation(seed)
-        for _ in range(STEPS):
-            simulation.step()
-        simulation.drain()
+        finish(simulation)
         tokens += simulation.num_tokens
         preemptions += simulation.scheduler.num_preemptions
         evictions += simulation.pool.num_evictions
@@ -31,9 +35,7 @@ def test_so_it_is_over_groups_and_stages(groups: int, depth: int) -> None:
     for seed in range(8):
         simulation = Simulation(1000 * groups + 100 * depth + seed, depth, groups)
         assert simulation.pool.num_groups == groups and simulation.num_stages in (depth - 1, depth)
-        for _ in range(STEPS):
-            simulation.step()
-        simulation.drain()
+        finish(simulation)
         tokens += simulation.num_tokens
         preemptions += simulation.scheduler.num_preemptions
         evictions += simulation.pool.num_evictions
@@ -47,9 +49,7 @@ def test_so_it_is_with_plans_made_before_their_tokens_are_known(groups: int) -> 
     tokens = preemptions = filled = 0
     for seed in range(30):
         simulation = Simulation(5000 + 100 * groups + seed, 1, groups, async_scheduling=True)
-        for _ in range(STEPS):
-            simulation.step()
-        simulation.drain()
+        finish(simulation)
         tokens += simulation.num_tokens
         preemptions += simulation.scheduler.num_preemptions
         filled += simulation.device.num_filled
