@@ -338,11 +338,7 @@ class Simulation:
         moved = False
         while self.scheduler.num_in_flight < self.config.max_in_flight:
             oldest = self.scheduler._oldest()
-            awaits = (
-                oldest is not None
-                and oldest.pending
-                and (not self.scheduler._stages.is_ready(oldest) or oldest.table.is_stuck())
-            )
+            awaits = oldest is not None and oldest.pending and not self.may_step_ahead(oldest)
             plan = self.scheduler.schedule()
             if plan is None:
                 assert self.scheduler.num_in_flight or not self.scheduler.has_work, "work, room and no plan"
@@ -359,6 +355,11 @@ class Simulation:
             for output in self.scheduler.retire(self.device.finish()):
                 self.receive(output)
         return moved
+
+    def may_step_ahead(self, sequence: Sequence) -> bool:
+        """Whether the next plan may take a sequence that awaits one token."""
+        may = sequence.state is State.DECODE and sequence.pending == 1 and sequence.may_step
+        return self.config.async_scheduling and may and not sequence.table.is_stuck()
 
     def receive(self, output: TokenOutput) -> None:
         stream = self.streams[output.request_id, output.sample_index]

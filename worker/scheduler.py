@@ -203,7 +203,7 @@ class ShardScheduler:
         for sequence in ready:
             if not places:
                 break
-            if self._stages.is_ready(sequence):
+            if sequence.state is State.DECODE:  # not preempted for one before it
                 places -= self._plan_decode(sequence, step)
         self._plan_prompts(prefills, share, step)
         if not step.rows:

@@ -36,7 +36,10 @@ class Stages:
             running: all sequences that run, oldest first.
             oldest: comes first where it is ready, and takes nobody's turn.
         """
-        ready = [s for s in running if self.is_ready(s)]
+        most = self._most_pending
+        ready = [s for s in running if s.state is State.DECODE and s.pending <= most]
+        if most:
+            ready = [s for s in ready if s.may_step]
         if self.num_stages == 1:
             return ready, len(ready)
         num_decodes = sum(s.state is State.DECODE for s in running)
@@ -47,10 +50,6 @@ class Stages:
             ready.insert(0, ready.pop(turn))  # before anybody takes the last page
             places += turn >= places
         return ready, places
-
-    def is_ready(self, sequence: Sequence) -> bool:
-        """Whether it may decode in the next plan."""
-        return sequence.state is State.DECODE and sequence.pending <= self._most_pending and sequence.may_step
 
     def prompt_tokens(self, prefills: ListOf[Sequence], waiting: ListOf[Sequence], most: int) -> int:
         """How many prompt tokens the next plan takes of what `prefills` and `waiting` still have to compute; `most`,

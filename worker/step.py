@@ -85,7 +85,8 @@ class Step:
         self.fresh.extend(map(LogicalPageId, table.pages[before:]))
         sequence.num_computed += count
         sequence.last_plan = plan.number
-        self.seal(sequence)
+        if sequence.num_computed // self._config.block_size > sequence.num_sealed:
+            self.seal(sequence)
 
     def sample(self, sequence: Sequence, source: Sequence) -> None:
         """`sequence` samples its next token from the last logits of `source`'s row."""
