@@ -19,7 +19,9 @@ from launch.serve import make_plan
 from launch.serve_flags import ServeConfig
 from tests.serving import SECONDS, Processes, Stream, children, files, until
 
-LENGTH = 700  # output tokens: long enough to be killed in the middle of
+LENGTH = 700  # output tokens: long enough for something to happen in the middle of
+ENDLESS = 3_900  # for streams that must not end by themselves, however late a busy machine lets the test see them
+ROOM: dict[str, Any] = {"max_model_len": 4096, "num_gpu_blocks_override": 2048}  # for eight of those
 SMALL: dict[str, Any] = {
     "max_model_len": 1024,
     "num_gpu_blocks_override": 512,
@@ -60,8 +62,8 @@ class Running:
             while (await client.page_map()).sequences or any(each.used_blocks for each in await client.loads()):
                 await asyncio.sleep(0.05)
 
-    def streams(self, count: int = 4) -> list[Stream]:
-        return [Stream(self.channel, prompt, LENGTH) for prompt in prompts(count)]
+    def streams(self, count: int = 4, length: int = LENGTH) -> list[Stream]:
+        return [Stream(self.channel, prompt, length) for prompt in prompts(count)]
 
 
 @asynccontextmanager

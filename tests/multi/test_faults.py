@@ -18,7 +18,7 @@ from launch.llm import LLM
 from launch.models.tiny_llama import make_tiny_llama
 from pagetable.errors import ServiceError
 from pagetable.sampling import SamplingParams
-from tests.local_service import LENGTH, SMALL, Running, finish, prompts, run, running
+from tests.local_service import ENDLESS, LENGTH, ROOM, SMALL, Running, finish, prompts, run, running
 from tests.serving import SECONDS, Stream, is_alive, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -72,8 +72,8 @@ def test_a_worker_that_pauses_for_a_second_is_left_alone(model: str, expected: l
 
 def test_a_killed_front_ends_its_streams_and_their_pages(model: str, expected: list[list[int]]) -> None:
     async def scenario() -> None:
-        async with running(model) as it:
-            streams = it.streams()
+        async with running(model, **ROOM) as it:
+            streams = it.streams(length=ENDLESS)
             for stream in streams:
                 await stream.reaches(10)
             workers, front = [it.worker(0), it.worker(1)], it.service.parts["front"].pid

@@ -18,7 +18,7 @@ from cluster.processes import environment
 from launch.llm import LLM
 from launch.models.tiny_llama import make_tiny_llama
 from pagetable.sampling import SamplingParams
-from tests.local_service import LENGTH, SMALL, finish, prompts, run, running
+from tests.local_service import ENDLESS, LENGTH, ROOM, SMALL, finish, prompts, run, running
 from tests.serving import SECONDS, Processes, Stream, children, files, is_alive, listeners, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -213,13 +213,14 @@ def test_a_signal_drains_and_ends_quietly(model: str, expected: list[list[int]],
 
 
 def test_a_second_signal_does_not_wait_for_streams(model: str) -> None:
-    server = serve(model, "--drain-seconds", "600")
+    room = [str(each) for flag, value in ROOM.items() for each in (f"--{flag.replace('_', '-')}", value)]
+    server = serve(model, "--drain-seconds", "600", *room)
     port = ready_port(server)
     processes = Processes(server.pid)
 
     async def scenario() -> None:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            streams = [Stream(channel, prompt, LENGTH) for prompt in prompts(8)]
+            streams = [Stream(channel, prompt, ENDLESS) for prompt in prompts(8)]
             await streams[0].reaches(5)
             server.send_signal(signal.SIGTERM)
             await asyncio.sleep(0.2)
