@@ -18,12 +18,15 @@ import torch
 from kernels.peers import PeersBroken
 from pagetable.errors import ConfigError
 from pagetable.ids import PlanNumber
+from quire_pb.worker.v1 import worker_pb2 as pb
 from tests.rank_threads import IDENTITY, SECRET, SIZES, Recorder, model, threads
 from worker.channel import Channel
 from worker.layout import Layout
 from worker.loop import EpochOver
+from worker.members import Members
 from worker.model_config import ModelConfig
 from worker.plan import Plan
+from worker.rank import Rank
 from worker.ranks import Ranks
 from worker.segment import Plan as SegmentPlan
 from worker.segment import Segment, open_segment
@@ -165,7 +168,7 @@ def test_a_rank_that_waits_leaves_at_once_when_the_epoch_ends(
             assert entered.wait(SECONDS)
         began = time.monotonic()
         it.ranks.end("a test wants it")
-        until(lambda: it.runners[1].resets[-1] is None and it.ranks._members[1].ready is not None)
+        until(lambda: it.runners[1].resets[-1] is None and it.ranks._members.is_ready(1))
         assert time.monotonic() - began < SOON
         with pytest.raises(EpochOver, match="a test wants it"):
             it.ranks.check()
@@ -217,6 +220,32 @@ def test_a_rank_of_two_lives_belongs_to_the_later_one(small: ModelConfig) -> Non
         assert it.step(0) == it.expected(0) and epoch >= 2
 
 
+def test_a_rank_that_is_lost_before_it_can_form_costs_the_others_nothing(
+    small: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.members.LEAVE_SECONDS", 10 * SECONDS)  # or those that were told nothing are fenced then
+    with threads(small, Layout(4)) as it:
+        tell, lost = Members.tell, list[Rank]()
+
+        def lose_one(members: Members, form: pb.Form) -> None:
+            if not lost:
+                rank, thread = it.followers[1]
+                rank.stop()
+                thread.join(SECONDS)
+                until(lambda: not members.is_ready(1))
+                lost.append(rank)
+            tell(members, form)
+
+        monkeypatch.setattr(Members, "tell", lose_one)
+        with pytest.raises(EpochOver, match="rank 1"):
+            it.ranks.form(1, patience=SECONDS)
+        it.ranks.leave()
+        it.follow(1)
+        it.ranks.form(2, patience=SECONDS)
+        assert it.step(0) == it.expected(0)
+        assert len(lost) == 1
+
+
 def test_plans_of_an_epoch_that_is_over_are_refused(small: ModelConfig) -> None:
     with threads(small, Layout(2)) as it:
         it.ranks.begin(5)
@@ -229,8 +258,8 @@ def test_plans_of_an_epoch_that_is_over_are_refused(small: ModelConfig) -> None:
 def test_a_step_that_runs_for_too_long_ends_its_epoch_and_the_rank_that_does_not_leave_is_fenced(
     small: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.ranks.PING_SECONDS", 0.05)
-    monkeypatch.setattr("worker.ranks.HANG_SECONDS", 0.5)
+    monkeypatch.setattr("worker.members.PING_SECONDS", 0.05)
+    monkeypatch.setattr("worker.members.HANG_SECONDS", 0.5)
     released = threading.Event()
 
     def hang(runner: Recorder, plan: Plan) -> None:
@@ -252,7 +281,7 @@ def test_a_step_that_runs_for_too_long_ends_its_epoch_and_the_rank_that_does_not
 
 
 def test_a_rank_that_answers_no_ping_is_gone(small: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.ranks.PING_SECONDS", 0.05)
+    monkeypatch.setattr("worker.members.PING_SECONDS", 0.05)
     with threads(small, Layout(2)) as it:
         it.ranks.begin(1)
         rank, _ = it.followers[1]
