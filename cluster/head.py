@@ -100,8 +100,8 @@ class RayService:
             more = {
                 "address": "local",
                 "num_cpus": max(self._cores, len(self._plan.workers)),
-                "num_gpus": 0,
-                "resources": {DEVICE: len(self._plan.workers)},
+                "num_gpus": len(self._plan.workers) if self._plan.uses_gpus else 0,
+                "resources": {} if self._plan.uses_gpus else {DEVICE: len(self._plan.workers)},
                 "include_dashboard": False,
                 "object_store_memory": OBJECT_STORE_BYTES,
             }
@@ -164,7 +164,7 @@ class RayService:
     def _kind_of_device(self, needed: int) -> str:
         """The resource that stands for a device. ConfigError where too few are free: Ray would wait without a word."""
         total, free = _resources()
-        kind = "GPU" if total.get("GPU") and not total.get(DEVICE) else DEVICE
+        kind = "GPU" if self._plan.uses_gpus else DEVICE
         if free.get(kind, 0) < needed:
             ranks = self._plan.num_ranks
             limit = f"be at most {free.get(kind, 0) // ranks:.0f}"
@@ -174,7 +174,7 @@ class RayService:
                 "data_parallel_size",
                 needed // ranks,
                 f"{limit}: {free.get(kind, 0):.0f} of Ray's {total.get(kind, 0):.0f} devices are free",
-                f"lower it, or add a node: ray start --address=... --resources='{{\"{DEVICE}\": {needed}}}'",
+                f"lower it, or add a node: ray start --address=... {_start_flags(kind, needed)}",
             )
         return kind
 
@@ -261,6 +261,11 @@ class RayService:
         calls = [self._parts[name].stop.remote(seconds) for name in names if name in self._parts]
         with contextlib.suppress(RayActorError, GetTimeoutError):
             ray.get(calls, timeout=seconds + 5.0)
+
+
+def _start_flags(kind: str, needed: int) -> str:
+    """What a node's `ray start` says of its devices."""
+    return f"--num-gpus={needed}" if kind == "GPU" else f"--resources='{{\"{DEVICE}\": {needed}}}'"
 
 
 def _check_reach(address: str) -> None:

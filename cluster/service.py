@@ -30,6 +30,7 @@ class ServicePlan:
         environment: of each worker.
         drain_seconds: how long running streams may go on after the end has begun.
         step_limit: seconds; a shard whose step runs for longer hangs.
+        uses_gpus: each worker wants a GPU of its own.
     """
 
     secret: bytes
@@ -39,6 +40,7 @@ class ServicePlan:
     environment: Mapping[str, str]
     drain_seconds: float
     step_limit: float = 10.0
+    uses_gpus: bool = False
 
     def scheduler_settings(self, host: str = "127.0.0.1") -> dict[str, Any]:
         where = {"host": host, "port": self.scheduler_port, "secret": self.secret.hex()}

@@ -4,8 +4,8 @@ A pool is a tensor of logical shape [layers, blocks, 2 (K, V), kv_heads, block_s
 whose inner four dimensions are contiguous. The strides of layers and blocks are free, so that layer-major and
 page-major pools are the same to a kernel. A pool of int8 has scales in its pages (`int8.py`).
 
-Backends: `reference.py` (torch, the oracle), `cpu.py` (C++) and `triton_attention.py` (NVIDIA GPUs). Arguments are
-checked here, ids where they are read.
+Backends: `reference.py` (torch, the oracle), `cpu.py` (C++), `triton_attention.py` (NVIDIA GPUs) and
+`flashinfer_attention.py` (the same with FlashInfer's attention). Arguments are checked here, ids where they are read.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from kernels import checks
 from pagetable.errors import ConfigError
 
-CHOICES = ("auto", "reference", "plain", "avx2", "avx512", "triton")
+CHOICES = ("auto", "reference", "plain", "avx2", "avx512", "triton", "flashinfer")
+GPU_CHOICES = ("triton", "flashinfer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,25 @@ class Backend(Protocol):
     ) -> None: ...
 
     def copy_pages(self, pool: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None: ...
+
+
+@runtime_checkable
+class PlannedBackend(Backend, Protocol):
+    """A backend whose attention is planned on the host, once for all layers of a step whose pages are the same."""
+
+    def plan(self, q_heads: int, pool: torch.Tensor, query_start: torch.Tensor, pages: PageList, mask: Mask) -> Any:
+        """Deal a step's rows; `pool` is the first of those that `run` will get.
+
+        Raises:
+            ValueError: rows that this backend does not do.
+        """
+        ...
+
+    def run(
+        self, plan: Any, q_THD: torch.Tensor, pools: Sequence[torch.Tensor], layer: int, mask: Mask, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`attend` as planned: no id is looked at, and the host waits for nothing."""
+        ...
 
 
 def attend(
@@ -194,8 +214,8 @@ def pick(choice: str) -> Backend:
         raise ConfigError("QUIRE_KERNELS", choice, f"be one of {', '.join(CHOICES)}")
     if choice == "reference":
         return Reference()
-    if choice == "triton":
-        return _triton()
+    if choice in GPU_CHOICES:
+        return _of_gpus(choice)
     missing = cpu.why_missing()
     if choice == "auto":
         if missing is None:
@@ -209,16 +229,23 @@ def pick(choice: str) -> Backend:
     return cpu.Native(choice)
 
 
-def _triton() -> Backend:
+def _of_gpus(choice: str) -> PlannedBackend:
     try:
         from kernels.triton_attention import Triton
 
-        backend = Triton()
+        if choice == "flashinfer":
+            from kernels.flashinfer_attention import FlashInfer
+
+            backend: PlannedBackend = FlashInfer()
+        else:
+            backend = Triton()
     except ImportError as error:
-        cure = "pip install 'quire[gpu]'"
-        raise ConfigError("QUIRE_KERNELS", "triton", f"have Triton installed ({error})", cure) from None
+        needed, cure = "Triton", "pip install 'quire[gpu]'"
+        if choice == "flashinfer":
+            needed, cure = "Triton and FlashInfer", "install flashinfer-python, or choose triton"
+        raise ConfigError("QUIRE_KERNELS", choice, f"have {needed} installed ({error})", cure) from None
     if backend.takes.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("QUIRE_KERNELS", "triton", "have a CUDA device", "choose auto")
+        raise ConfigError("QUIRE_KERNELS", choice, "have a CUDA device", "choose auto")
     return backend
 
 
@@ -226,6 +253,23 @@ def _triton() -> Backend:
 def default_backend() -> Backend:
     """The backend of this process: the environment variable QUIRE_KERNELS, read once, else "auto"."""
     return pick(os.environ.get("QUIRE_KERNELS", "auto"))
+
+
+def backend_for(device: torch.device) -> Backend:
+    """The backend for a model on `device`: the process's, and on a GPU "triton" where QUIRE_KERNELS does not choose.
+
+    Raises:
+        ConfigError: QUIRE_KERNELS names one for other devices, or one that is not there.
+    """
+    if device.type == "cpu":
+        backend = default_backend()
+    else:
+        choice = os.environ.get("QUIRE_KERNELS", "auto")
+        backend = pick("triton" if choice == "auto" else choice)
+    if backend.takes.device != device.type:
+        wanted = ", ".join(GPU_CHOICES) if device.type != "cpu" else "reference, plain, avx2 or avx512"
+        raise ConfigError("QUIRE_KERNELS", backend.name, f"be one for {device.type} devices ({wanted})", "unset it")
+    return backend
 
 
 def available() -> tuple[str, ...]:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 from kernels import checks
+from kernels.upload import upload
 
 if TYPE_CHECKING:
     from kernels.ops import Mask, PageList
@@ -436,6 +437,7 @@ class Triton:
         kernels()
         self.takes = checks.Takes(KINDS, int8=False, device="cpu" if is_interpreted() else "cuda")
         self._plans: OrderedDict[tuple[object, ...], tuple[object, AttentionPlan]] = OrderedDict()
+        self._mapped: tuple[object, torch.Tensor, torch.Tensor] | None = None
 
     def plan(
         self, q_heads: int, pool: torch.Tensor, query_start: torch.Tensor, pages: "PageList", mask: "Mask"
@@ -468,7 +470,7 @@ class Triton:
         lengths = np.diff(starts)
         is_small = lengths * group <= SMALL_TILE
         width = max(2, pool.element_size())
-        work = []
+        shapes, slots, arrays = list[Shape](), list[int](), list[Ints]()
         for chosen, shape in ((is_small, small_shape(width, dim)), (~is_small, large_shape(width, dim))):
             rows = np.flatnonzero(chosen & (lengths > 0)).astype(np.int32)
             if not len(rows):
@@ -487,10 +489,18 @@ class Triton:
                 mask.sinks,
                 _processors(pool.device),
             )
-            on = [torch.from_numpy(x).to(pool.device) for x in (tiles, items, merges)]
-            work.append(Work(shape, on[0], on[1], on[2], num_slots))
-        which = None if pages.pool is None else pages.pool.to(pool.device)
-        return AttentionPlan(tuple(work), which, pages.block.to(pool.device), pages.position.to(pool.device))
+            shapes.append(shape)
+            slots.append(num_slots)
+            arrays += [tiles, items, merges]
+        lists = [pages.block, pages.position, *(() if pages.pool is None else (pages.pool,))]
+        arrays += [x.numpy() for x in lists if x.is_cpu]
+        sent = iter(upload(arrays, pool.device))
+        work = tuple(
+            Work(shape, next(sent), next(sent), next(sent), num_slots)
+            for shape, num_slots in zip(shapes, slots, strict=True)
+        )
+        block, position, *which = (next(sent) if x.is_cpu else x for x in lists)
+        return AttentionPlan(work, which[0] if which else None, block, position)
 
     def attend(
         self,
@@ -535,8 +545,8 @@ class Triton:
         several = plan.pool is not None
         bases = strides = plan.block
         if several:
-            bases = torch.tensor([each[layer].data_ptr() for each in pools], device=pool.device)
-            strides = torch.tensor([each.stride(1) for each in pools], device=pool.device)
+            table, strides = self._addresses(pools)
+            bases = table[layer]
         upcast = is_interpreted() and q_THD.dtype != torch.float32
         heads = {"KV_HEADS": kv_heads, "GROUP": q_heads // kv_heads, "DIM": dim, "PAD": _padded(dim)}
         for work in plan.work:
@@ -583,6 +593,19 @@ class Triton:
                 )
         return out, lse
 
+    def _addresses(self, pools: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the layers of several pools begin, [layers, pools], and the strides of their blocks, on the device.
+
+        Kept until other pools are asked for.
+        """
+        key = tuple((each.data_ptr(), each.stride(0), each.stride(1), each.shape[0]) for each in pools)
+        if self._mapped is None or self._mapped[0] != key:
+            first, step, stride, layers = np.array(key, np.int64).T
+            bases = first + np.arange(layers.min())[:, None] * step * pools[0].element_size()
+            table, strides = upload([bases, stride], pools[0].device)
+            self._mapped = key, table, strides
+        return self._mapped[1:]
+
     def merge(self, outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `kernels.ops.merge`."""
         num_parts, num_tokens, heads, dim = outs_PTHD.shape
@@ -625,7 +648,8 @@ class Triton:
         for a, b in zip(source.tolist(), target.tolist(), strict=True):
             origin[b] = origin.get(a, a)
         if origin:
-            pool[:, list(origin)] = pool[:, list(origin.values())]
+            to, of = upload([np.array(list(each), np.int64) for each in (origin, origin.values())], pool.device)
+            pool[:, to] = pool[:, of]
 
 
 @functools.cache
@@ -637,7 +661,7 @@ def _processors(device: torch.device) -> int:
 def _is_aligned(q: torch.Tensor, pools: Sequence[torch.Tensor], layer: int) -> bool:
     """Whether all rows of all heads begin at multiples of 16 elements, of which addresses are multiples."""
     steps = [q.stride(0), q.shape[2], *(pool.stride(1) for pool in pools)]
-    bases = [pool[layer].data_ptr() // pool.element_size() for pool in pools]
+    bases = [pool.data_ptr() // pool.element_size() + layer * pool.stride(0) for pool in pools]
     return all(each % 16 == 0 for each in (*steps, *bases))
 
 

@@ -165,6 +165,9 @@ class EngineConfig:
     async_scheduling: bool = setting(
         False, "bool", "plan a step while the one before it runs; several stages always do"
     )
+    device: str = setting(
+        "auto", "choice", "what models run on; auto is a GPU where there is one to use", choices=("auto", "cpu", "cuda")
+    )
     dtype: str = setting(
         "auto", "choice", "of weights and pages; auto is the model's own", choices=("auto", "float32", "bfloat16")
     )

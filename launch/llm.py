@@ -25,6 +25,7 @@ from cluster.requests import Text, parse_request
 from cluster.tokenizer import Tokenizer
 from launch.config import EngineConfig
 from launch.crew import Crew, rank_environment, rank_settings
+from launch.devices import choose_device
 from launch.memory import MemoryPlan
 from launch.models.catalog import resolve
 from launch.outputs import Collector, CompletionOutput, RequestOutput
@@ -69,7 +70,7 @@ class LLM:
         self.config = config
         folder = Path(resolve(model))
         self.model_config = ModelConfig.from_folder(folder)
-        self.plan = MemoryPlan.make(config, self.model_config)
+        self.plan = MemoryPlan.make(config, self.model_config, device=choose_device(config))
         self.tokenizer = Tokenizer.from_folder(folder)
         self.text = _text(self.tokenizer)
         self.eos_token_ids = self.model_config.eos_token_ids
@@ -325,7 +326,9 @@ class LLM:
 
     def _load(self, folder: Path, progress: RankProgress | None) -> Loop:
         plan, config = self.plan, self.config
-        spec = ShardSpec(folder, self.model_config, plan.shard, plan.dtype, config.layout, ways=config.ways)
+        spec = ShardSpec(
+            folder, self.model_config, plan.shard, plan.dtype, config.layout, ways=config.ways, device=plan.device
+        )
         own = None if progress is None else partial(progress, 0)
         if config.layout.num_ranks == 1:
             return make_loop(spec, make_pipe(spec, build_runner(spec, 0, config.num_threads, own)))
@@ -349,7 +352,8 @@ class LLM:
 def describe_plan(config: EngineConfig) -> list[str]:
     """What `config` would load and what would fit, without reading weights."""
     config.check_one_process()
-    return MemoryPlan.make(config, ModelConfig.from_folder(resolve(config.model))).describe()
+    model = ModelConfig.from_folder(resolve(config.model))
+    return MemoryPlan.make(config, model, device=choose_device(config)).describe()
 
 
 def _text(tokenizer: Tokenizer | None) -> Text | None:

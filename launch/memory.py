@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from launch.config import EngineConfig, show_size
+from launch.gpus import visible_gpus
 from launch.machine import available_memory
 from pagetable.errors import ConfigError
 from pagetable.ids import MAX_BLOCKS
@@ -13,6 +14,7 @@ from worker.layout import Layout
 from worker.model_config import ModelConfig
 
 _POOL_SHARE = 0.5  # of what is free beside the weights, where nothing sizes the pool
+_GPU_POOL_SHARE = 0.9  # the same of a GPU, which nobody else uses
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 _LEAST_LIMIT = 10.0
 _SLOW_FLOPS = 2e10  # a second, of a core
@@ -28,6 +30,7 @@ class MemoryPlan:
         weight_bytes: in that dtype, of all ranks of a shard.
         block_bytes: one page of all layers, K and V, over all ranks that hold a part of it.
         clamped: whether max_model_len was cut to what the pool holds because nobody asked for more.
+        device: "cpu" or "cuda".
     """
 
     dtype: str
@@ -38,13 +41,15 @@ class MemoryPlan:
     clamped: bool
     shard: ShardConfig
     layout: Layout = field(default_factory=Layout)
+    device: str = "cpu"
 
     @classmethod
-    def make(cls, config: EngineConfig, model: ModelConfig, free: int | None = None) -> MemoryPlan:
+    def make(cls, config: EngineConfig, model: ModelConfig, free: int | None = None, device: str = "cpu") -> MemoryPlan:
         """Size the pool. ConfigError names the setting, the number and the limit.
 
         Args:
-            free: bytes that this process can take; None asks the machine.
+            free: bytes that this process can take on the device; None asks the machine.
+            device: "cpu" or "cuda"; `config.device` is not looked at.
         """
         dtype = config.dtype
         if dtype == "auto":
@@ -66,7 +71,10 @@ class MemoryPlan:
             limit = f"be at most the model's max_position_embeddings, {model.max_position_embeddings}"
             raise ConfigError("max_model_len", wanted, limit)
         pages = -(-wanted // config.block_size)
-        num_blocks = _num_blocks(config, block, weights, pages, free)
+        if free is None:
+            free = available_memory() if device == "cpu" else _gpu_memory()
+        taken = weights + (_step_bytes(config, model, element) if device != "cpu" else 0)
+        num_blocks = _num_blocks(config, block, taken, pages, free, _POOL_SHARE if device == "cpu" else _GPU_POOL_SHARE)
         length, clamped = wanted, False
         if wanted > num_blocks * config.block_size:
             if config.max_model_len is not None:
@@ -89,7 +97,7 @@ class MemoryPlan:
         if num_blocks < layout.page:
             limit = f"be at least page_parallel_size, {layout.page}: each group holds pages"
             raise ConfigError("num_gpu_blocks_override", num_blocks, limit, "give the pool more memory")
-        return cls(dtype, weights, block, num_blocks, length, clamped, shard, layout)
+        return cls(dtype, weights, block, num_blocks, length, clamped, shard, layout, device)
 
     def describe(self) -> list[str]:
         """The lines that people see at start: weights, pages, tokens, requests that fit."""
@@ -98,13 +106,16 @@ class MemoryPlan:
         tokens, pool = self.num_blocks * size, _about(self.num_blocks * self.block_bytes)
         full = self.num_blocks / -(-self.max_model_len // size)
         lines = [
-            f"weights {_about(self.weight_bytes)} as {self.dtype}{self._over_ranks()}",
+            f"weights {_about(self.weight_bytes)} as {self.dtype}{self._over_ranks()}{self._on_device()}",
             f"pool {pool}{kind}: {self.num_blocks} pages of {size} tokens = {tokens} tokens; {full:.1f} requests of "
             f"max_model_len {self.max_model_len} fit at once (max_num_seqs {self.shard.max_num_seqs})",
         ]
         if self.clamped:
             lines.append(f"max_model_len is {self.max_model_len} because the pool holds no more; give it more memory")
         return lines
+
+    def _on_device(self) -> str:
+        return "" if self.device == "cpu" else " on a GPU"
 
     def _over_ranks(self) -> str:
         ranks = self.layout
@@ -124,14 +135,32 @@ def step_limit(model: ModelConfig, shard: ShardConfig, threads: int) -> float:
     return max(_LEAST_LIMIT, shard.max_num_batched_tokens * (products + attention) / (_SLOW_FLOPS * threads))
 
 
-def _num_blocks(config: EngineConfig, block: int, weights: int, pages: int, free: int | None) -> int:
-    free = available_memory() if free is None else free
+def _gpu_memory() -> int | None:
+    """Free bytes of the first GPU that this process may use; None where it sees none."""
+    return next((gpu.free_bytes for gpu in visible_gpus()), None)
+
+
+def _step_bytes(config: EngineConfig, model: ModelConfig, element: int) -> int:
+    """What a step on a GPU takes beside weights and pages, at most: rows of a few activations, and logits."""
+    heads = model.num_heads * model.head_dim
+    row = element * (4 * model.hidden_size + 3 * model.intermediate_size) + heads * (4 + 4 * element)
+    return config.max_num_batched_tokens * row + 4 * config.max_num_seqs * model.vocab_size * 4
+
+
+def _num_blocks(
+    config: EngineConfig, block: int, taken: int, pages: int, free: int | None, share: float = _POOL_SHARE
+) -> int:
+    """
+    Args:
+        taken: bytes that are no pool's: weights, and on a GPU what a step takes.
+        share: of what is left of the free ones, where nothing sizes the pool.
+    """
     if config.num_gpu_blocks_override is None and config.kv_cache_memory_bytes is None:
-        room = int(_POOL_SHARE * max(0, (free if free is not None else 8 << 30) - weights))
+        room = int(share * max(0, (free if free is not None else 8 << 30) - taken))
         # more than this could only be used by cached prefixes
         count = min(room // block, 4 * config.max_num_seqs * pages, MAX_BLOCKS)
         if count < 1:
-            limit = f"leave room for one page of {show_size(block)} beside {_about(weights)} of weights"
+            limit = f"leave room for one page of {show_size(block)} beside {_about(taken)} of weights"
             raise ConfigError("kv_cache_memory_bytes", None, limit, "use a smaller model or a machine with more memory")
         return count
     if config.num_gpu_blocks_override is not None:

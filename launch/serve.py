@@ -21,7 +21,9 @@ from cluster.admin import default_path
 from cluster.ray_token import RayToken
 from cluster.service import Service, ServicePlan
 from launch.config import EngineConfig, show_size
+from launch.devices import check_gpu, choose_device
 from launch.flags import Effective
+from launch.gpus import visible_gpus
 from launch.machine import available_cores, available_memory
 from launch.memory import MemoryPlan, step_limit
 from launch.serve_flags import ServeConfig, choose_port, read_serve
@@ -59,9 +61,14 @@ def make_plan(config: ServeConfig, engine: EngineConfig) -> tuple[ServicePlan, l
     """What every process gets, and lines for people. ConfigError before anything is started."""
     folder, name = resolve_model(engine.model)
     replicas = engine.data_parallel_size
-    if config.address is None:
+    is_here = config.address is None
+    # the GPUs of other machines can't be seen from here
+    device = engine.device if engine.device == "cuda" and not is_here else choose_device(engine)
+    if device != "cpu":
+        check_gpu(engine)
+    if is_here:
         _check_cores(replicas)
-    memory = _memory_plan(dataclasses.replace(engine, model=str(folder)), folder, replicas, config.address is None)
+    memory = _memory_plan(dataclasses.replace(engine, model=str(folder)), folder, replicas, is_here, device)
     layout = engine.layout
     num_ranks = replicas * layout.num_ranks
     threads = engine.threads if engine.threads is not None else max(1, available_cores() // num_ranks)
@@ -80,6 +87,7 @@ def make_plan(config: ServeConfig, engine: EngineConfig) -> tuple[ServicePlan, l
                 "dtype": memory.dtype,
                 "model": name,
                 "threads": threads,
+                "device": device if config.ray or device == "cpu" else f"{device}:{index}",  # Ray shows each its own
                 "shard": dataclasses.asdict(memory.shard),
                 "step_limit": limit,
             },
@@ -112,6 +120,7 @@ def make_plan(config: ServeConfig, engine: EngineConfig) -> tuple[ServicePlan, l
         environment={"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")},
         drain_seconds=config.drain_seconds,
         step_limit=limit,
+        uses_gpus=device != "cpu",
     )
     of_ranks = f" of {layout.num_ranks} ranks" if layout.num_ranks > 1 else ""
     words = f"{_count(replicas, 'shard')}{of_ranks}, each with {_count(threads, 'thread')}:"
@@ -154,12 +163,28 @@ def _check_cores(replicas: int) -> None:
         )
 
 
-def _memory_plan(engine: EngineConfig, folder: Path, replicas: int, is_here: bool) -> MemoryPlan:
+def _gpu_plan(engine: EngineConfig, folder: Path, replicas: int, is_here: bool) -> MemoryPlan:
+    """Each shard has a GPU to itself. On a cluster the GPUs are taken to be as this machine's, where it has one."""
+    gpus = visible_gpus()
+    if is_here and replicas > len(gpus):
+        limit = f"be at most {len(gpus)}: each shard has a GPU of this machine to itself"
+        cure = "lower it, or join a Ray cluster that has more (--address)"
+        raise ConfigError("data_parallel_size", replicas, limit, cure)
+    if not gpus and engine.num_gpu_blocks_override is None and engine.kv_cache_memory_bytes is None:
+        limit = "be given with --address and --device cuda where this machine has no GPU to ask"
+        raise ConfigError("kv_cache_memory_bytes", None, limit, "say what the pool of each GPU may take")
+    free = min((gpu.free_bytes for gpu in gpus[:replicas]), default=None)
+    return MemoryPlan.make(engine, ModelConfig.from_folder(folder), free, "cuda")
+
+
+def _memory_plan(engine: EngineConfig, folder: Path, replicas: int, is_here: bool, device: str) -> MemoryPlan:
     """Each shard has its own weights and pool; all must fit together where all are on this machine.
 
     On a cluster nobody knows yet how many will share a machine: a pool whose size was asked for may then take one of
     this size alone, and any other is cut as if all shards were on one.
     """
+    if device != "cpu":
+        return _gpu_plan(engine, folder, replicas, is_here)
     free = available_memory()
     sized = engine.num_gpu_blocks_override is not None or engine.kv_cache_memory_bytes is not None
     share = free if free is None or (sized and not is_here) else free // replicas

@@ -76,6 +76,7 @@ def _spec(settings: dict[str, Any]) -> Any:
         Layout(**settings.get("layout", {})),
         settings["device_id"],
         Ways(**settings.get("ways", {})),
+        settings.get("device", "cpu"),
     )
 
 

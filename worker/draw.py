@@ -97,7 +97,7 @@ def _draw(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How to draw from each of R rows. All [R, 1], on the rows' device; float64, `top_k` int64.
+    """How to draw from each of R rows. All [R, 1], on one device; float64, `top_k` int64.
 
     Attributes:
         temperature: above 0.
@@ -113,6 +113,10 @@ class Shape:
 
     def __getitem__(self, at: torch.Tensor) -> Shape:
         return Shape(self.temperature[at], self.min_p[at], self.top_k[at], self.top_p[at], self.u[at])
+
+    def to(self, device: torch.device) -> Shape:
+        columns = (self.temperature, self.min_p, self.top_k, self.top_p, self.u)
+        return Shape(*(each.to(device) for each in columns))
 
     def weights(self, values: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
         """float64 [R, C] relative to the likeliest token's, which is 1; 0 where min-p cuts. `peak` is [R, 1]."""

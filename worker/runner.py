@@ -10,6 +10,7 @@ import torch
 
 from kernels.decoder import Head
 from kernels.peers import PeersBroken
+from worker.gpu_model import GpuModel
 from worker.group import Group
 from worker.heads import gather_head, share_tokens
 from worker.kv_cache import PagedKVCache
@@ -36,7 +37,7 @@ class Runner:
 
     def __init__(
         self,
-        model: Decoder | NativeModel,
+        model: Decoder | NativeModel | GpuModel,
         cache: PagedKVCache,
         tables: TableMirror,
         sampler: Sampler,
@@ -98,7 +99,7 @@ class Runner:
     def _forward(self, plan: Plan, batch: Batch) -> torch.Tensor:
         """The stage's layers; its hidden rows go to the next stage where there is one."""
         group = self.group
-        if group is None or isinstance(self.model, Decoder):
+        if group is None or not isinstance(self.model, NativeModel):
             return self.model.forward(batch, self.cache)
         hidden = None
         if group.previous is not None:

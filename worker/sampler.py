@@ -23,7 +23,7 @@ from worker.draw import Floats, Ints, Shape, argmax, choose, stream_key, token_l
 from worker.plan import Admit, TokenLogprobs
 
 # Rows are drawn in chunks of this many logits: larger float64 temporaries leave the cache and are page-faulted anew.
-_CHUNK = 1 << 20
+CHUNK = 1 << 20
 
 
 Choose = Callable[[torch.Tensor, Shape], Ints]
@@ -31,7 +31,7 @@ Choose = Callable[[torch.Tensor, Shape], Ints]
 
 def choose_by_torch(rows: torch.Tensor, shape: Shape) -> Ints:
     """See `draw.choose`."""
-    return choose(rows, shape).cpu().numpy()
+    return choose(rows, shape.to(rows.device)).cpu().numpy()
 
 
 @dataclass(slots=True)
@@ -67,8 +67,7 @@ class _Edits:
         if len(self.bias_ids):
             row[torch.from_numpy(self.bias_ids)] += torch.from_numpy(self.bias).to(row.device)
         if self.seen and self.penalised:
-            ids = torch.tensor(self.seen, device=row.device)
-            counts = torch.tensor(self.counts, device=row.device)
+            ids, counts = (_on(row.device, each) for each in (self.seen, self.counts))
             x = row[ids]
             x = torch.where(x > 0, x / p.repetition_penalty, x * p.repetition_penalty)
             row[ids] = x - p.frequency_penalty * counts - p.presence_penalty * (counts > 0)
@@ -80,11 +79,14 @@ class Sampler:
     Args:
         vocab_size: columns of the logits.
         max_num_seqs: slots are below it.
-        choose: a token for each row, as `draw.choose`.
+        choose: a token for each row, as `draw.choose`; the shape lies on the CPU, wherever the rows lie.
+        chunk: logits that are drawn from in one call.
     """
 
-    def __init__(self, vocab_size: int, max_num_seqs: int, choose: Choose = choose_by_torch) -> None:
-        self._choose = choose
+    def __init__(
+        self, vocab_size: int, max_num_seqs: int, choose: Choose = choose_by_torch, chunk: int = CHUNK
+    ) -> None:
+        self._choose, self._chunk = choose, chunk
         self._vocab = vocab_size
         self._edits: list[_Edits | None] = [None] * max_num_seqs
         self._edited = np.zeros(max_num_seqs, bool)
@@ -161,19 +163,19 @@ class Sampler:
         failed = broken | ~np.isfinite(peaks)
         random = np.flatnonzero((self._temperature[where] > 0) & ~failed)
         u = uniforms(self._key[where[random]], np.array(positions, np.int64)[random])
-        for part in _chunks(len(random), self._vocab):
+        for part in self._chunks(len(random)):
             entries = random[part]
             rows = _rows(logits, entries)
             swap = np.flatnonzero(np.isin(entries, edited))
             if len(swap):
                 rows = rows.clone()
                 rows[torch.from_numpy(swap)] = changed[torch.from_numpy(np.searchsorted(edited, entries[swap]))]
-            tokens[entries] = self._choose(rows, self._shape(where[entries], u[part], logits.device))
+            tokens[entries] = self._choose(rows, self._shape(where[entries], u[part]))
         tokens[failed] = -1
         self._count(where, tokens, failed)
         asked = np.flatnonzero(self._wants[where] & ~failed)
         found: dict[int, TokenLogprobs] = {}
-        for part in _chunks(len(asked), self._vocab):
+        for part in self._chunks(len(asked)):
             entries = asked[part]
             tops = [self._top(slot) for slot in where[entries].tolist()]
             own = torch.from_numpy(tokens[entries]).to(logits.device)
@@ -183,9 +185,9 @@ class Sampler:
     def score(self, logits: torch.Tensor, tokens: array[int], slots: array[int]) -> list[TokenLogprobs]:
         """Log probabilities of given tokens (prompt logprobs): logits float32 [K, V], tokens [K], slots [K]."""
         found: list[TokenLogprobs] = []
-        for part in _chunks(len(tokens), self._vocab):
+        for part in self._chunks(len(tokens)):
             tops = [self._top(slot, prompt=True) for slot in slots[part]]
-            found += token_logprobs(logits[part], torch.tensor(tokens[part], device=logits.device).long(), tops)
+            found += token_logprobs(logits[part], _on(logits.device, tokens[part]), tops)
         return found
 
     def _changed(self, logits: torch.Tensor, edited: Ints, where: Ints) -> torch.Tensor:
@@ -197,9 +199,13 @@ class Sampler:
             edits.apply(row, int(self._num_outputs[slot]))
         return changed
 
-    def _shape(self, slots: Ints, u: Floats, device: torch.device) -> Shape:
+    def _shape(self, slots: Ints, u: Floats) -> Shape:
         columns = (self._temperature[slots], self._min_p[slots], self._top_k[slots], self._top_p[slots], u)
-        return Shape(*(torch.from_numpy(each).to(device)[:, None] for each in columns))
+        return Shape(*(torch.from_numpy(each)[:, None] for each in columns))
+
+    def _chunks(self, num_rows: int) -> list[slice]:
+        size = max(1, self._chunk // self._vocab)
+        return [slice(at, min(at + size, num_rows)) for at in range(0, num_rows, size)]
 
     def _count(self, where: Ints, tokens: Ints, failed: npt.NDArray[np.bool_]) -> None:
         self._num_outputs[where] += ~failed
@@ -214,9 +220,9 @@ class Sampler:
         return min((edits.params.prompt_logprobs if prompt else edits.params.logprobs) or 0, self._vocab)
 
 
-def _chunks(num_rows: int, vocab: int) -> list[slice]:
-    size = max(1, _CHUNK // vocab)
-    return [slice(at, min(at + size, num_rows)) for at in range(0, num_rows, size)]
+def _on(device: torch.device, values: array[int]) -> torch.Tensor:
+    """int64 on the device."""
+    return torch.from_numpy(np.array(values, np.int64)).to(device)
 
 
 def _rows(logits: torch.Tensor, entries: Ints) -> torch.Tensor:

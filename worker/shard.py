@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -16,8 +17,9 @@ from pagetable.errors import ConfigError
 from pagetable.ids import DeviceId
 from pagetable.page import PagePool
 from worker.config import ShardConfig
+from worker.gpu_model import GPU_CHUNK, GpuModel
 from worker.heads import row_bytes
-from worker.kv_cache import PagedKVCache
+from worker.kv_cache import CPU, PagedKVCache
 from worker.layout import Layout, Part
 from worker.loop import Inline, Loop, Pipe, Threaded
 from worker.model import Decoder
@@ -26,7 +28,7 @@ from worker.native_model import NativeModel
 from worker.rank import Rank
 from worker.ranks import Ranks
 from worker.runner import Runner
-from worker.sampler import Sampler, choose_by_torch
+from worker.sampler import CHUNK, Sampler, choose_by_torch
 from worker.scheduler import ShardScheduler
 from worker.segment import Sizes
 from worker.tables import TableMirror
@@ -34,6 +36,7 @@ from worker.ways import Ways
 from worker.weights import Progress, Weights, open_weights
 
 _LEAST_HEAD_ROWS = 8  # whose logits go over in one exchange
+Model: TypeAlias = Decoder | NativeModel | GpuModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class ShardSpec:
         dtype: float32 or bfloat16, of weights, and of pages where `config` names no other.
         first_device: what the entries of its block tables name: this one and the next, one for each stage and group.
         ways: how its ranks talk to each other.
+        device: what it runs on, as torch names it: "cpu", "cuda" or "cuda:1".
     """
 
     folder: Path
@@ -53,6 +57,7 @@ class ShardSpec:
     layout: Layout = field(default_factory=Layout)
     first_device: int = 0
     ways: Ways = field(default_factory=Ways)
+    device: str = "cpu"
 
     @property
     def identity(self) -> bytes:
@@ -140,10 +145,26 @@ def build_runner(spec: ShardSpec, rank: int, threads: int, progress: Progress | 
     model, config, layout = spec.model, spec.config, spec.layout
     part = layout.part(model, rank)
     kind: torch.dtype = getattr(torch, spec.dtype)
-    weights = open_weights(spec.folder)
-    decoder = build_model(model, weights, kind, threads, progress, part=part, deterministic=config.deterministic)
-    blocks = spec.group_blocks(part.group)
-    cache = PagedKVCache(model, blocks, config.block_size, page_dtype(config, spec.dtype), part)
+    weights, device = open_weights(spec.folder), torch.device(spec.device)
+    backend = ops.backend_for(device)
+    decoder = build_model(
+        model,
+        weights,
+        kind,
+        threads,
+        progress,
+        part=part,
+        deterministic=config.deterministic,
+        device=device,
+        backend=backend,
+    )
+    blocks, pages = spec.group_blocks(part.group), page_dtype(config, spec.dtype)
+    if pages == torch.int8 and not backend.takes.int8:
+        limit = f"be auto on {device.type}: its kernels ({backend.name}) read no pages of int8"
+        raise ConfigError("kv_cache_dtype", config.kv_cache_dtype, limit, "leave it out")
+    cache = PagedKVCache(model, blocks, config.block_size, pages, part, device, backend)
+    if isinstance(decoder, GpuModel) and device.type != "cpu":
+        decoder.warm_up(cache)
     tables = TableMirror(
         config.max_num_seqs,
         -(-config.max_model_len // config.block_size),
@@ -151,8 +172,9 @@ def build_runner(spec: ShardSpec, rank: int, threads: int, progress: Progress | 
         column=part.stage,
         group=part.group if layout.page > 1 else None,
     )
-    choose = decoder.choose if isinstance(decoder, NativeModel) else choose_by_torch
-    sampler = Sampler(model.vocab_size, config.max_num_seqs, choose)
+    choose = choose_by_torch if isinstance(decoder, Decoder) else decoder.choose
+    chunk = GPU_CHUNK if isinstance(decoder, GpuModel) else CHUNK
+    sampler = Sampler(model.vocab_size, config.max_num_seqs, choose, chunk)
     first = part.stage * layout.tensor
     widths = tuple(len(each.vocab) for each in layout.parts(model)[first : first + layout.tensor])
     return Runner(decoder, cache, tables, sampler, part, widths, fills_tokens=config.async_scheduling)
@@ -189,29 +211,39 @@ def build_model(
     *,
     part: Part | None = None,
     deterministic: bool = False,
-) -> Decoder | NativeModel:
-    """The native decoder where the process's kernels are native, else torch's on the reference kernels.
+    device: torch.device = CPU,
+    backend: ops.Backend | None = None,
+) -> Model:
+    """The native decoder where the kernels are native, a GPU's where they are a GPU's, else torch's on the reference.
 
     Args:
         part: what a rank of several holds; None is the whole model.
+        backend: one for `device`; None chooses.
 
-    Errors: ConfigError where `deterministic` or one of several ranks is asked of torch, which cannot be either, and
-    where the kernels are a GPU's.
+    Errors: ConfigError where `deterministic` or one of several ranks is asked of what cannot be either.
     """
-    backend = ops.default_backend()
-    if backend.takes.device != "cpu":
-        limit = "be a backend of CPUs: models do not run on a GPU yet"
-        raise ConfigError("QUIRE_KERNELS", backend.name, limit, "unset it")
+    backend = backend or ops.backend_for(device)
     if isinstance(backend, Native):
         torch.set_num_threads(1)  # two teams of threads would fight for the cores
         return NativeModel(config, weights, dtype, backend, threads, progress, part=part, deterministic=deterministic)
+    native, cure = "the native kernels", cpu.CURE
+    if isinstance(backend, ops.PlannedBackend):
+        native, cure = "the native kernels of CPUs", "run on the CPU (--device cpu)"
     if deterministic:
-        raise ConfigError("deterministic", True, "stand with the native kernels", f"{cpu.CURE}, or leave it out")
+        raise ConfigError("deterministic", True, f"stand with {native}", f"{cure}, or leave it out")
     if part is not None and part.layout.num_ranks > 1:
         layout = part.layout
-        field = "tensor_parallel_size" if layout.tensor > 1 else "pipeline_parallel_size"
-        limit = "be 1 without the native kernels"
-        raise ConfigError(field, layout.tensor if layout.tensor > 1 else layout.pipeline, limit, cpu.CURE)
+        sizes = {"tensor": layout.tensor, "pipeline": layout.pipeline, "page": layout.page}
+        name = next(name for name, size in sizes.items() if size > 1)
+        raise ConfigError(f"{name}_parallel_size", sizes[name], f"be 1 without {native}", cure)
+    if isinstance(backend, ops.PlannedBackend):
+        if dtype not in backend.takes.kinds:
+            kind = str(dtype).removeprefix("torch.")
+            raise ConfigError("dtype", kind, f"be {backend.takes.rows} with {backend.name}", "or choose triton")
+        try:
+            return GpuModel(config, weights, dtype, backend, device, progress)
+        except torch.OutOfMemoryError:
+            raise ConfigError("model", "its weights", f"fit in what is free on {device}", "use a smaller one") from None
     torch.set_num_threads(threads)
     return Decoder(config, weights, dtype, progress)
 

@@ -30,7 +30,7 @@ from worker import draw
 from worker.draw import Shape, best, choose, stream_key, uniforms
 from worker.native_model import choices_of
 from worker.plan import Admit
-from worker.sampler import Choose, Sampler, choose_by_torch
+from worker.sampler import CHUNK, Choose, Sampler, choose_by_torch
 
 Ids = tuple[int, ...]
 CHOOSERS: dict[str, Choose] = {"torch": choose_by_torch} | {
@@ -57,8 +57,8 @@ def chooser(request: pytest.FixtureRequest) -> Iterator[None]:
     chosen = choose_by_torch
 
 
-def sampler(vocab: int, *admits: Admit) -> Sampler:
-    made = Sampler(vocab, 1 + max(each.slot for each in admits), chosen)
+def sampler(vocab: int, *admits: Admit, chunk: int = CHUNK) -> Sampler:
+    made = Sampler(vocab, 1 + max(each.slot for each in admits), chosen, chunk)
     for each in admits:
         made.admit(each)
     return made
@@ -215,7 +215,7 @@ def test_equals_the_reference_where_almost_all_is_kept(p: dict[str, Any]) -> Non
     assert got == [reference(row.tolist(), each, 2) for row, each in zip(logits, admits, strict=True)]
 
 
-def test_a_row_does_not_depend_on_batch_slot_or_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_does_not_depend_on_batch_slot_or_chunk() -> None:
     vocab, kinds = 2500, [{}, {"top_p": 0.8}, {"top_k": 9}, {"temperature": 0}, {"min_p": 0.1}, {"top_k": 2000}]
     kinds += [{"repetition_penalty": 1.5}, {"logit_bias": {7: 3.0}, "top_p": 0.3}]
     logits = random_logits(len(kinds), vocab, 2, 0.5)
@@ -224,9 +224,8 @@ def test_a_row_does_not_depend_on_batch_slot_or_chunk(monkeypatch: pytest.Monkey
         alone += sample(sampler(vocab, admit(3, index=row, **p)), logits[row : row + 1], [3], [40 + row])
     order = [5, 0, 7, 2, 6, 1, 3, 4]
     for chunk in (1, 3 * vocab, 1 << 20):
-        monkeypatch.setattr("worker.sampler._CHUNK", chunk)
         slots = {row: 20 - 2 * row for row in order}
-        made = sampler(vocab, *(admit(slots[row], index=row, **kinds[row]) for row in order))
+        made = sampler(vocab, *(admit(slots[row], index=row, **kinds[row]) for row in order), chunk=chunk)
         together = sample(made, logits[order], [slots[row] for row in order], [40 + row for row in order])
         assert together == [alone[row] for row in order]
 
@@ -494,10 +493,11 @@ def test_logprobs_are_of_the_unmodified_logits() -> None:
     assert (tokens[3], found[3].rank, [i for i, _ in found[3].top]) == (5, 1, [5, 50])
 
 
-def test_scores_of_prompt_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_prompt_tokens() -> None:
     vocab = 30
     logits = random_logits(5, vocab, 11)
-    made = sampler(vocab, admit(0, prompt_logprobs=2), admit(1, prompt_logprobs=0, logprobs=7))
+    admits = admit(0, prompt_logprobs=2), admit(1, prompt_logprobs=0, logprobs=7)
+    made = sampler(vocab, *admits)
     tokens, slots = array("i", [3, 29, 0, 7, 8]), array("i", [0, 1, 0, 1, 0])
     expected = torch.log_softmax(logits.double(), 1)
     whole = made.score(logits, tokens, slots)
@@ -505,8 +505,7 @@ def test_scores_of_prompt_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     for row, each in enumerate(whole):
         assert each.logprob == pytest.approx(expected[row, tokens[row]].item(), abs=1e-12)
         assert each.rank == int((logits[row] > logits[row, tokens[row]]).sum()) + 1
-    monkeypatch.setattr("worker.sampler._CHUNK", 2 * vocab)
-    assert made.score(logits, tokens, slots) == whole
+    assert sampler(vocab, *admits, chunk=2 * vocab).score(logits, tokens, slots) == whole
     assert made.score(logits[:0], array("i"), array("i")) == []
 
 

@@ -274,10 +274,15 @@ def test_an_engine_says_the_same_tokens_with_it(tmp_path: Path, monkeypatch: pyt
     assert tokens() == expected
 
 
-def test_the_worker_says_that_it_does_not_run_on_a_gpu_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_of_another_device_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_model(tmp_path)
     backend = Triton()
     backend.takes = replace(backend.takes, device="cuda")
     monkeypatch.setattr(ops, "default_backend", lambda: backend)
-    with pytest.raises(ConfigError, match="QUIRE_KERNELS: got 'triton', must be a backend of CPUs: models do not run"):
-        LLM(str(tmp_path), max_model_len=32, num_gpu_blocks_override=8)
+    with pytest.raises(ConfigError, match="QUIRE_KERNELS: got 'triton', must be one for cpu devices"):
+        LLM(str(tmp_path), max_model_len=32, num_gpu_blocks_override=8, device="cpu")
+    monkeypatch.setenv("QUIRE_KERNELS", "reference")
+    with pytest.raises(
+        ConfigError, match=r"QUIRE_KERNELS: got 'reference', must be one for cuda devices \(triton, fla"
+    ):
+        ops.backend_for(torch.device("cuda"))

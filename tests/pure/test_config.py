@@ -48,6 +48,7 @@ def test_defaults_are_the_ones_that_the_documents_name() -> None:
         "enable_prefix_caching": True,
         "deterministic": False,
         "async_scheduling": False,
+        "device": "auto",
         "dtype": "auto",
         "kv_cache_dtype": "auto",
         "seed": 0,
