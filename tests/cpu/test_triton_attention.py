@@ -10,7 +10,6 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +24,6 @@ from kernels.triton_attention import Shape as KernelShape
 from kernels.triton_attention import Triton, deal, split
 from launch.llm import LLM
 from pagetable.errors import ConfigError
-from pagetable.sampling import SamplingParams
 from tests.attention import LIMIT, Case, Shape, check, ints, make
 from tests.models import make_model
 
@@ -256,24 +254,6 @@ def test_pages_of_float8_are_widened_and_scaled(rng: random.Random, dtype: torch
     assert float((lse - want_lse).abs().max()) < 1e-5
 
 
-def test_an_engine_says_the_same_tokens_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunked prompts, shared prefixes and decodes through pages, layer by layer."""
-    make_model(tmp_path, num_key_value_heads=2)
-    settings: dict[str, Any] = {"max_model_len": 96, "num_gpu_blocks_override": 30, "block_size": 8, "threads": 1}
-    settings |= {"dtype": "float32", "max_num_seqs": 4, "max_num_batched_tokens": 24}
-    prompts = [list(range(5, 40)), [*range(5, 30), 9], [7, 8, 9]]
-    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-
-    def tokens() -> list[list[int]]:
-        return [
-            list(output.outputs[0].token_ids) for output in LLM(str(tmp_path), **settings).generate(prompts, params)
-        ]
-
-    expected = tokens()
-    monkeypatch.setattr(ops, "default_backend", lambda: ops.pick("triton"))
-    assert tokens() == expected
-
-
 def test_kernels_of_another_device_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_model(tmp_path)
     backend = Triton()
@@ -282,7 +262,5 @@ def test_kernels_of_another_device_are_refused(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ConfigError, match="QUIRE_KERNELS: got 'triton', must be one for cpu devices"):
         LLM(str(tmp_path), max_model_len=32, num_gpu_blocks_override=8, device="cpu")
     monkeypatch.setenv("QUIRE_KERNELS", "reference")
-    with pytest.raises(
-        ConfigError, match=r"QUIRE_KERNELS: got 'reference', must be one for cuda devices \(triton, fla"
-    ):
+    with pytest.raises(ConfigError, match="QUIRE_KERNELS: got 'reference', must be one for cuda devices"):
         ops.backend_for(torch.device("cuda"))
