@@ -119,6 +119,7 @@ class Layout:
         for name, shape in model.tensor_shapes().items():
             if (layer := _layer_of(name)) is not None:
                 costs[layer] += math.prod(shape)
+        costs[0] += model.vocab_size * model.hidden_size
         costs[-1] += model.vocab_size * model.hidden_size
         return split_evenly(costs, self.pipeline)
 
