@@ -31,6 +31,7 @@ class ServicePlan:
         drain_seconds: how long running streams may go on after the end has begun.
         step_limit: seconds; a shard whose step runs for longer hangs.
         uses_gpus: each worker wants a GPU of its own.
+        gpus: what each worker finds in CUDA_VISIBLE_DEVICES, where Ray does not say it.
     """
 
     secret: bytes
@@ -41,6 +42,7 @@ class ServicePlan:
     drain_seconds: float
     step_limit: float = 10.0
     uses_gpus: bool = False
+    gpus: tuple[str, ...] = ()
 
     def scheduler_settings(self, host: str = "127.0.0.1") -> dict[str, Any]:
         where = {"host": host, "port": self.scheduler_port, "secret": self.secret.hex()}
@@ -68,7 +70,7 @@ class ServicePlan:
             "scheduler": f"{host}:{self.scheduler_port}",
             "secret": self.secret.hex(),
             "worker": worker,
-            "env": dict(self.environment),
+            "env": {**self.environment, **({"CUDA_VISIBLE_DEVICES": self.gpus[index]} if self.gpus else {})},
         }
 
 

@@ -259,10 +259,12 @@ def backend_for(device: torch.device) -> Backend:
     """The backend for a model on `device`: the process's, and on a GPU "triton" where QUIRE_KERNELS does not choose.
 
     Raises:
-        ConfigError: QUIRE_KERNELS names one for other devices, or one that is not there.
+        ConfigError: no such device is here; QUIRE_KERNELS names one for other devices, or one that is not there.
     """
     if device.type == "cpu":
         backend = default_backend()
+    elif device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", str(device), "be a GPU that torch can use here", "run on the CPU (--device cpu)")
     else:
         choice = os.environ.get("QUIRE_KERNELS", "auto")
         backend = pick("triton" if choice == "auto" else choice)

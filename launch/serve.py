@@ -23,7 +23,7 @@ from cluster.service import Service, ServicePlan
 from launch.config import EngineConfig, show_size
 from launch.devices import check_gpu, choose_device
 from launch.flags import Effective
-from launch.gpus import visible_gpus
+from launch.gpus import VARIABLE, visible_gpus
 from launch.machine import available_cores, available_memory
 from launch.memory import MemoryPlan, step_limit
 from launch.serve_flags import ServeConfig, choose_port, read_serve
@@ -87,7 +87,7 @@ def make_plan(config: ServeConfig, engine: EngineConfig) -> tuple[ServicePlan, l
                 "dtype": memory.dtype,
                 "model": name,
                 "threads": threads,
-                "device": device if config.ray or device == "cpu" else f"{device}:{index}",  # Ray shows each its own
+                "device": device,
                 "shard": dataclasses.asdict(memory.shard),
                 "step_limit": limit,
             },
@@ -121,6 +121,7 @@ def make_plan(config: ServeConfig, engine: EngineConfig) -> tuple[ServicePlan, l
         drain_seconds=config.drain_seconds,
         step_limit=limit,
         uses_gpus=device != "cpu",
+        gpus=_gpu_names(replicas) if device != "cpu" and not config.ray else (),
     )
     of_ranks = f" of {layout.num_ranks} ranks" if layout.num_ranks > 1 else ""
     words = f"{_count(replicas, 'shard')}{of_ranks}, each with {_count(threads, 'thread')}:"
@@ -161,6 +162,12 @@ def _check_cores(replicas: int) -> None:
         raise ConfigError(
             "data_parallel_size", replicas, limit, "lower it, or join a Ray cluster that has more (--address)"
         )
+
+
+def _gpu_names(count: int) -> tuple[str, ...]:
+    """The first GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: each worker sees one alone."""
+    shown = os.environ.get(VARIABLE)
+    return tuple((shown.split(",") if shown is not None else list(map(str, range(count))))[:count])
 
 
 def _gpu_plan(engine: EngineConfig, folder: Path, replicas: int, is_here: bool) -> MemoryPlan:

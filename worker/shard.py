@@ -47,7 +47,7 @@ class ShardSpec:
         dtype: float32 or bfloat16, of weights, and of pages where `config` names no other.
         first_device: what the entries of its block tables name: this one and the next, one for each stage and group.
         ways: how its ranks talk to each other.
-        device: what it runs on, as torch names it: "cpu", "cuda" or "cuda:1".
+        device: what it runs on: "cpu", or "cuda", the first GPU that its process sees.
     """
 
     folder: Path

@@ -107,12 +107,17 @@ def test_a_pool_takes_most_of_what_a_gpu_has_free(see: Any) -> None:
 
 def test_each_shard_of_this_machine_has_a_gpu_of_its_own(see: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     see(gpus(2))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("launch.serve.available_cores", lambda: 8)
     engine = EngineConfig("story", device="cuda", data_parallel_size=2)
     plan, _ = make_plan(ServeConfig(port=0, ray=False), engine)
-    assert [worker["device"] for worker in plan.workers] == ["cuda:0", "cuda:1"] and plan.uses_gpus
+    assert [worker["device"] for worker in plan.workers] == ["cuda", "cuda"] and plan.uses_gpus
+    assert [plan.keeper_settings(index)["env"]["CUDA_VISIBLE_DEVICES"] for index in range(2)] == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5e,3,1")
+    plan, _ = make_plan(ServeConfig(port=0, ray=False), engine)
+    assert [plan.keeper_settings(index)["env"]["CUDA_VISIBLE_DEVICES"] for index in range(2)] == ["GPU-5e", "3"]
     plan, _ = make_plan(ServeConfig(port=0), engine)
-    assert [worker["device"] for worker in plan.workers] == ["cuda", "cuda"]  # of those that Ray shows it
+    assert "CUDA_VISIBLE_DEVICES" not in plan.keeper_settings(0)["env"]  # Ray shows each its own
     with pytest.raises(ConfigError, match="data_parallel_size: got 3, must be at most 2: each shard has a GPU"):
         make_plan(ServeConfig(port=0), EngineConfig("story", device="cuda", data_parallel_size=3))
 

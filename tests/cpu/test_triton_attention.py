@@ -261,6 +261,10 @@ def test_kernels_of_another_device_are_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(ops, "default_backend", lambda: backend)
     with pytest.raises(ConfigError, match="QUIRE_KERNELS: got 'triton', must be one for cpu devices"):
         LLM(str(tmp_path), max_model_len=32, num_gpu_blocks_override=8, device="cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"device: got 'cuda', must be a GPU that torch can use here"):
+        ops.backend_for(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("QUIRE_KERNELS", "reference")
     with pytest.raises(ConfigError, match="QUIRE_KERNELS: got 'reference', must be one for cuda devices"):
         ops.backend_for(torch.device("cuda"))
