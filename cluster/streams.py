@@ -129,7 +129,8 @@ class Stream:
         self._event, self._meter, self._arrived = event, meter, arrived
         self._max_unsent, self._write_seconds = max_unsent, write_seconds
         self._changed = asyncio.Event()
-        self._pace, self._taken, self._due = pace, 0.0, False  # when news were last taken; a timer will tell of others
+        self._pace, self._taken, self._told = pace, 0.0, 0.0  # when news were last taken, and when the last ones came
+        self._late: asyncio.TimerHandle | None = None  # tells of news where nothing more comes
         self._unsent = 0
         self._scores: list[public.Logprobs] = []
         self._num_scores = self._skipped_scores = 0
@@ -258,13 +259,12 @@ class Stream:
         )
         return self._event(accepted=accepted)
 
-    def _ring(self) -> None:
-        self._due = False
-        self._changed.set()
-
     def _take(self) -> Iterator[Any]:
         """Messages of all news."""
         self._unsent = 0
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
         if self._has_token:
             self._taken = asyncio.get_running_loop().time()
         scores, self._scores = self._scores, []
@@ -340,12 +340,18 @@ class Stream:
             self._unsent += 32 + 16 * len(score.top_tokens)
 
     def _tell(self, now: float) -> None:
-        """Wake the writer, now or when a message is due, or end the wait for a client that has stopped reading."""
-        if self.is_over or not self._taken or (wait := self._taken + self._pace() - now) <= 0:
+        """Wake the writer, now or later, or end the wait for a client that has stopped reading.
+
+        Messages leave with the step that is nearest to the time when they are due, those of all streams together: a
+        timer in the middle of a step would take its cores.
+        """
+        gap, self._told = now - self._told, now
+        pace = self._pace()
+        wait = self._taken + pace - now
+        if self.is_over or not self._taken or wait <= gap / 2:
             self._changed.set()
-        elif not self._due:
-            self._due = True
-            asyncio.get_running_loop().call_later(wait, self._ring)
+        elif self._late is None:
+            self._late = asyncio.get_running_loop().call_later(wait + pace / 2, self._changed.set)
         if self._unsent > self._max_unsent and self._timer is not None and now - self._write_began > STALLED_SECONDS:
             self._timer.reschedule(now)
             self._timer = None

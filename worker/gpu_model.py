@@ -105,9 +105,9 @@ class GpuModel:
     def forward(self, batch: Batch, cache: PagedKVCache) -> torch.Tensor:
         """Run all layers over one ragged batch: see `Decoder.forward`."""
         config, pools = self.config, cache.pools
+        checks.check_range(batch.slots, "slots", -1, cache.num_blocks * cache.block_size)
         columns = [each.numpy() for each in (batch.tokens, batch.positions, batch.slots)]
         tokens, positions, slots = upload(columns, self.device)
-        checks.check_range(batch.slots, "slots", -1, cache.num_blocks * cache.block_size)
         plans = {}
         for window, pages in batch.pages.items():
             mask = batch.masks[window]

@@ -110,17 +110,17 @@ class Layout:
         )
 
     def stages(self, model: ModelConfig) -> tuple[range, ...]:
-        """The layers of each stage: the split whose largest stage reads the fewest weights in a step.
+        """The layers of each stage: the split by weights whose largest stage has the fewest.
 
-        The head's weights count with the last layer; those of the embedding do not, since a step looks up a few rows.
+        Half of the head's count with the last layer: a decode reads all of them, a chunk of a prompt next to none. The
+        embedding's do not: a step looks up a few rows.
         """
         self.check(model)
         costs = [0] * model.num_layers
         for name, shape in model.tensor_shapes().items():
             if (layer := _layer_of(name)) is not None:
                 costs[layer] += math.prod(shape)
-        costs[0] += model.vocab_size * model.hidden_size
-        costs[-1] += model.vocab_size * model.hidden_size
+        costs[-1] += model.vocab_size * model.hidden_size // 2
         return split_evenly(costs, self.pipeline)
 
     def device_id(self, stage: int, group: int, first: int = 0) -> int:

@@ -179,7 +179,7 @@ class TestParts:
 
 
 class TestStages:
-    def test_the_head_counts_and_the_embedding_does_not(self) -> None:
+    def test_half_of_the_head_counts_and_the_embedding_does_not(self) -> None:
         config = model(num_hidden_layers=13, vocab_size=1)
         even = [len(layers) for layers in Layout(1, 4).stages(config)]
         assert (sum(even), max(even)) == (13, 4)
@@ -188,7 +188,7 @@ class TestStages:
             for name, shape in config.tensor_shapes().items()
             if name.startswith("model.layers.0.")
         )
-        heavy = model(num_hidden_layers=13, vocab_size=3 * size // 64)
+        heavy = model(num_hidden_layers=13, vocab_size=6 * size // 64)
         assert [len(layers) for layers in Layout(1, 4).stages(heavy)] == [4, 4, 4, 1]
 
     def test_stages_do_not_depend_on_tensor_ranks(self) -> None:
