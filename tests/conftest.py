@@ -17,6 +17,13 @@ from launch.flags import CONFIG_VARIABLES
 for _name in CONFIG_VARIABLES:
     os.environ.pop(_name, None)
 
+if Path("/dev/nvidiactl").exists():  # only tests that ask for it use it
+    from launch import llm
+
+    os.environ["QUIRE_DEVICE"] = "cpu"
+    _choose = llm.choose_device
+    llm.choose_device = lambda config, why=None: "cpu" if config.device == "auto" else _choose(config, why)
+
 # Subprocesses of tests import this tree too, installed or not.
 _ROOT = str(Path(__file__).resolve().parent.parent)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, f"{_ROOT}/proto", os.environ.get("PYTHONPATH"))))
