@@ -174,7 +174,8 @@ class RayService:
                 "data_parallel_size",
                 needed // ranks,
                 f"{limit}: {free.get(kind, 0):.0f} of Ray's {total.get(kind, 0):.0f} devices are free",
-                f"lower it, or add a node: ray start --address=... {_start_flags(kind, needed)}",
+                f"lower it, add a node: ray start --address=... {_start_flags(kind, needed)}, or run on "
+                f"{'cores (--device cpu)' if kind == 'GPU' else 'GPUs (--device cuda)'}",
             )
         return kind
 

@@ -343,7 +343,7 @@ class Stream:
         """Wake the writer, now or later, or end the wait for a client that has stopped reading.
 
         Messages leave with the step that is nearest to the time when they are due, those of all streams together: a
-        timer in the middle of a step would take its cores.
+        timer in the middle of a step would take its cores. Where no step comes for 1.5 paces, they leave then.
         """
         gap, self._told = now - self._told, now
         pace = self._pace()

@@ -1,4 +1,4 @@
-"""Small arrays to a device: all of a step's in one transfer that the host does not wait for."""
+"""Small arrays to a device: those of a call in one transfer that the host does not wait for."""
 
 from __future__ import annotations
 

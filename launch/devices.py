@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 
@@ -14,7 +15,13 @@ _ON_CPU = "run on the CPU (--device cpu)"
 
 
 def why_no_gpu() -> tuple[str, str] | None:
-    """What this process lacks to run models on a GPU, as (limit, cure); None where it lacks nothing."""
+    """What this process lacks to run models on a GPU, as (limit, cure); None where it lacks nothing.
+
+    Raises:
+        ConfigError: a GPU can't be read.
+    """
+    if (kernels := os.environ.get("QUIRE_KERNELS", "auto")) not in ("auto", "triton", "flashinfer"):
+        return f"stand without QUIRE_KERNELS={kernels}, whose kernels are a CPU's", f"unset that, or {_ON_CPU}"
     if not visible_gpus():
         return "have an NVIDIA GPU that this process may use, with its driver", _ON_CPU
     import torch
@@ -22,6 +29,8 @@ def why_no_gpu() -> tuple[str, str] | None:
     if torch.version.cuda is None:
         limit = f"have a torch that is built for CUDA, which {torch.__version__} is not"
         return limit, f"install another build of torch, or {_ON_CPU}"
+    if not torch.cuda.is_available():
+        return f"have a driver that torch {torch.__version__} can use", f"update the driver, or {_ON_CPU}"
     if importlib.util.find_spec("triton") is None:
         return "have Triton installed", f"pip install 'quire[gpu]', or {_ON_CPU}"
     return None
@@ -38,23 +47,22 @@ def choose_device(config: EngineConfig, why: Callable[[], tuple[str, str] | None
     """
     if config.device == "cpu":
         return "cpu"
-    missing = (why or why_no_gpu)()
-    if missing is not None:
+    try:
+        missing = (why or why_no_gpu)()
+        if missing is None:
+            check_gpu(config)
+            return "cuda"
         limit, cure = missing
         if config.device == "cuda":
             raise ConfigError("device", "cuda", limit, cure)
         if visible_gpus():
             warnings.warn(f"This machine's GPU is not used: to use it, {limit}.", RuntimeWarning, stacklevel=2)
         return "cpu"
-    if config.device == "cuda":
-        check_gpu(config)
-        return "cuda"
-    try:
-        check_gpu(config)
     except ConfigError as error:
+        if config.device == "cuda":
+            raise
         warnings.warn(f"This machine's GPU is not used: {error}", RuntimeWarning, stacklevel=2)
         return "cpu"
-    return "cuda"
 
 
 def check_gpu(config: EngineConfig) -> None:

@@ -15,6 +15,7 @@ from worker.model_config import ModelConfig
 
 _POOL_SHARE = 0.5  # of what is free beside the weights, where nothing sizes the pool
 _GPU_POOL_SHARE = 0.9  # the same of a GPU, which nobody else uses
+_GPU_RESERVE = 3 << 29  # of a GPU: a context, the workspaces of libraries, partial results of attention
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 _LEAST_LIMIT = 10.0
 _SLOW_FLOPS = 2e10  # a second, of a core
@@ -74,7 +75,7 @@ class MemoryPlan:
         if free is None:
             free = available_memory() if device == "cpu" else _gpu_memory()
         taken = weights + (_step_bytes(config, model, element) if device != "cpu" else 0)
-        num_blocks = _num_blocks(config, block, taken, pages, free, _POOL_SHARE if device == "cpu" else _GPU_POOL_SHARE)
+        num_blocks = _num_blocks(config, block, taken, pages, free, device)
         length, clamped = wanted, False
         if wanted > num_blocks * config.block_size:
             if config.max_model_len is not None:
@@ -141,27 +142,32 @@ def _gpu_memory() -> int | None:
 
 
 def _step_bytes(config: EngineConfig, model: ModelConfig, element: int) -> int:
-    """What a step on a GPU takes beside weights and pages, at most: rows of a few activations, and logits."""
+    """What a GPU has to hold beside weights and pages: rows of a few activations, logits, and what others reserve."""
     heads = model.num_heads * model.head_dim
     row = element * (4 * model.hidden_size + 3 * model.intermediate_size) + heads * (4 + 4 * element)
-    return config.max_num_batched_tokens * row + 4 * config.max_num_seqs * model.vocab_size * 4
+    return config.max_num_batched_tokens * row + 4 * config.max_num_seqs * model.vocab_size * 4 + _GPU_RESERVE
 
 
-def _num_blocks(
-    config: EngineConfig, block: int, taken: int, pages: int, free: int | None, share: float = _POOL_SHARE
-) -> int:
+def _num_blocks(config: EngineConfig, block: int, taken: int, pages: int, free: int | None, device: str) -> int:
     """
     Args:
         taken: bytes that are no pool's: weights, and on a GPU what a step takes.
-        share: of what is left of the free ones, where nothing sizes the pool.
     """
+    share, beside, cure = (
+        _POOL_SHARE,
+        f"{_about(taken)} of weights",
+        "use a smaller model or a machine with more memory",
+    )
+    if device != "cpu":
+        share, beside = _GPU_POOL_SHARE, f"{_about(taken)} of weights and what a step takes"
+        cure = "lower max_num_batched_tokens or max_num_seqs, or use a smaller model"
     if config.num_gpu_blocks_override is None and config.kv_cache_memory_bytes is None:
         room = int(share * max(0, (free if free is not None else 8 << 30) - taken))
         # more than this could only be used by cached prefixes
         count = min(room // block, 4 * config.max_num_seqs * pages, MAX_BLOCKS)
         if count < 1:
-            limit = f"leave room for one page of {show_size(block)} beside {_about(taken)} of weights"
-            raise ConfigError("kv_cache_memory_bytes", None, limit, "use a smaller model or a machine with more memory")
+            limit = f"leave room for one page of {show_size(block)} beside {beside}"
+            raise ConfigError("kv_cache_memory_bytes", None, limit, cure)
         return count
     if config.num_gpu_blocks_override is not None:
         field, value, count = (
@@ -179,6 +185,9 @@ def _num_blocks(
             f"fit in the {_about(free)} that are free; {count} pages of {show_size(block)} take {_about(count * block)}"
         )
         raise ConfigError(field, value, limit, "lower it")
+    if free is not None and device != "cpu" and taken + count * block > free:
+        limit = f"fit in the {_about(free)} that are free on the GPU, beside {beside}"
+        raise ConfigError(field, value, limit, f"lower it, or {cure}")
     return count
 
 

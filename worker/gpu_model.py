@@ -3,7 +3,7 @@
     plan (host) --one transfer--> tokens, positions, slots --another--> pages dealt over the multiprocessors
     each layer:  norm (+ residual) - product - norm, rotate, write K and V - attend - product
                  - norm (+ residual) - product - silu * up - product
-    head:        rows - norm - product in float32 - likeliest, sum --the only wait--> host
+    head:        rows - norm - product in float32 - likeliest, sum --> host, the only wait of a step without sampling
 
 What it computes is `worker/model.py`, which stays as the oracle; it rounds less often: norms, rotations and activations
 round once, and logits are sums in float32 that are not rounded.
@@ -31,7 +31,7 @@ from worker.weights import Progress, TensorReader, Weights
 
 _LONG = 1 << 13  # tokens whose attention is split over programs
 _SOME = 40  # new tokens that are no decode
-GPU_CHUNK = 1 << 28  # logits that are drawn from at once: nothing as large is made of them
+GPU_CHUNK = 1 << 28  # logits that are drawn from at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +155,8 @@ class GpuModel:
 
     def choose(self, rows: torch.Tensor, shape: Shape) -> npt.NDArray[np.int64]:
         """See `draw.choose`. The filters that no row asks for cost nothing."""
+        if rows.data_ptr() % 16:  # from a row on that is not the first: kernels are made for aligned ones
+            rows = rows.clone()
         columns = (shape.temperature, shape.u, shape.top_k, shape.top_p, shape.min_p)
         temperature, u, top_k, top_p, min_p = upload([each.squeeze(1).numpy() for each in columns], self.device)
         tokens = triton_sampling.sample(
@@ -172,8 +174,8 @@ class GpuModel:
 
         No page is written; what is read of them does not matter.
         """
-        for context in (0, _LONG):
-            hidden = self.forward(_any_batch(self.windows, cache.block_size, context), cache)
+        for context, lengths in itertools.product((0, _LONG), ((1, 1), (_SOME,))):
+            hidden = self.forward(_any_batch(self.windows, cache.block_size, context, lengths), cache)
         logits = self.head(hidden, np.zeros(2, np.int64), logits=True).logits
         assert logits is not None
         logits.zero_()  # pages that hold anything make logits that may be none
@@ -239,9 +241,8 @@ class GpuModel:
         )
 
 
-def _any_batch(windows: tuple[int, ...], block_size: int, context: int) -> Batch:
-    """A decode and a chunk of a prompt over `context` tokens, all of them in block 0; their K and V go nowhere."""
-    lengths = (1, _SOME)
+def _any_batch(windows: tuple[int, ...], block_size: int, context: int, lengths: tuple[int, ...]) -> Batch:
+    """Rows of so many new tokens, each over `context` tokens, all of them in block 0; their K and V go nowhere."""
     total = sum(lengths)
     positions = np.concatenate([np.arange(context, context + length) for length in lengths])
     index = [np.arange(-(-(context + length) // block_size), dtype=np.int32) for length in lengths]
@@ -255,7 +256,7 @@ def _any_batch(windows: tuple[int, ...], block_size: int, context: int) -> Batch
         tokens=torch.zeros(total, dtype=torch.int64),
         positions=torch.from_numpy(positions),
         slots=torch.full((total,), -1, dtype=torch.int64),
-        query_start=torch.tensor([0, lengths[0], total], dtype=torch.int32),
+        query_start=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
         pages=dict.fromkeys(windows, pages),
         masks={window: Mask(first, window) for window in windows},
     )

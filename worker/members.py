@@ -85,6 +85,7 @@ class Members:
         self._members: dict[int, _Member] = {}  # that are there
         self._refused: dict[int, str] = {}  # ranks that came and may not, and why
         self._plans: dict[int, Channel] = {}  # this epoch's
+        self._chosen: dict[int, _Member] = {}  # whose readiness the epoch was begun with
         self._changed = threading.Condition()  # any of these
         self._num_bad_frames = 0  # beside those at the door
         self._door: Door | None = None
@@ -157,21 +158,21 @@ class Members:
                 self._changed.wait(1.0 if patience is None else min(1.0, patience))
             self.epoch, self.over = epoch, None
             self._plans.clear()
-            found = []
-            for rank in self._numbers:
-                member = self._members[rank]
-                assert member.ready is not None
-                found.append(member.ready)
-            return found
+            self._chosen = {rank: self._members[rank] for rank in self._numbers}
+            return [member.ready for member in self._chosen.values() if member.ready is not None]
 
     def tell(self, form: pb.Form) -> None:
-        """Let all ranks form. Raises OSError where one is gone: those behind it have heard nothing and stay ready."""
+        """Let all ranks form that were ready for it.
+
+        Raises EpochOver or OSError where one is gone or came anew: those behind it have heard nothing and stay ready.
+        """
         frame = encode_frame(Kind.FORM, form.SerializeToString())
-        for rank in self._numbers:
-            member = self._members.get(rank)
-            if member is None:
-                raise ConnectionError(f"rank {rank} has gone")
-            member.ready = None
+        for rank, member in self._chosen.items():
+            with self._changed:
+                self.check()
+                if self._members.get(rank) is not member:
+                    raise ConnectionError(f"rank {rank} has gone")
+                member.ready = None
             member.control.send_frame(frame)
 
     def await_formed(self) -> None:
@@ -190,7 +191,8 @@ class Members:
 
     def plans(self, rank: int) -> Channel:
         """The connection for the plans of the epoch at hand, which has formed; shut once that is over."""
-        return self._plans[rank]
+        with self._changed:
+            return self._plans[rank]
 
     def reads(self, rank: int) -> PageReads:
         """Of its pages, for as long as it lives. Raises ConnectionError where it is gone."""
@@ -246,7 +248,7 @@ class Members:
             if epoch != self.epoch or self.over is not None:
                 channel.shut()
                 return
-            old = self._plans.pop(rank, None)
+            old = self._plans.get(rank)
             self._plans[rank] = channel
             self._changed.notify_all()
         if old is not None:

@@ -24,6 +24,7 @@ from worker.plan import Admit, TokenLogprobs
 
 # Rows are drawn in chunks of this many logits: larger float64 temporaries leave the cache and are page-faulted anew.
 CHUNK = 1 << 20
+LOGPROB_CHUNK = 1 << 24  # of these copies in float64 are made, on a GPU too
 
 
 Choose = Callable[[torch.Tensor, Shape], Ints]
@@ -80,7 +81,7 @@ class Sampler:
         vocab_size: columns of the logits.
         max_num_seqs: slots are below it.
         choose: a token for each row, as `draw.choose`; the shape lies on the CPU, wherever the rows lie.
-        chunk: logits that are drawn from in one call.
+        chunk: logits that are drawn from in one call; log probabilities take LOGPROB_CHUNK at most.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class Sampler:
         failed = broken | ~np.isfinite(peaks)
         random = np.flatnonzero((self._temperature[where] > 0) & ~failed)
         u = uniforms(self._key[where[random]], np.array(positions, np.int64)[random])
-        for part in self._chunks(len(random)):
+        for part in self._chunks(len(random), self._chunk):
             entries = random[part]
             rows = _rows(logits, entries)
             swap = np.flatnonzero(np.isin(entries, edited))
@@ -175,7 +176,7 @@ class Sampler:
         self._count(where, tokens, failed)
         asked = np.flatnonzero(self._wants[where] & ~failed)
         found: dict[int, TokenLogprobs] = {}
-        for part in self._chunks(len(asked)):
+        for part in self._chunks(len(asked), LOGPROB_CHUNK):
             entries = asked[part]
             tops = [self._top(slot) for slot in where[entries].tolist()]
             own = torch.from_numpy(tokens[entries]).to(logits.device)
@@ -185,7 +186,7 @@ class Sampler:
     def score(self, logits: torch.Tensor, tokens: array[int], slots: array[int]) -> list[TokenLogprobs]:
         """Log probabilities of given tokens (prompt logprobs): logits float32 [K, V], tokens [K], slots [K]."""
         found: list[TokenLogprobs] = []
-        for part in self._chunks(len(tokens)):
+        for part in self._chunks(len(tokens), LOGPROB_CHUNK):
             tops = [self._top(slot, prompt=True) for slot in slots[part]]
             found += token_logprobs(logits[part], _on(logits.device, tokens[part]), tops)
         return found
@@ -203,8 +204,8 @@ class Sampler:
         columns = (self._temperature[slots], self._min_p[slots], self._top_k[slots], self._top_p[slots], u)
         return Shape(*(torch.from_numpy(each)[:, None] for each in columns))
 
-    def _chunks(self, num_rows: int) -> list[slice]:
-        size = max(1, self._chunk // self._vocab)
+    def _chunks(self, num_rows: int, most: int) -> list[slice]:
+        size = max(1, min(self._chunk, most) // self._vocab)
         return [slice(at, min(at + size, num_rows)) for at in range(0, num_rows, size)]
 
     def _count(self, where: Ints, tokens: Ints, failed: npt.NDArray[np.bool_]) -> None:

@@ -164,7 +164,11 @@ def build_runner(spec: ShardSpec, rank: int, threads: int, progress: Progress | 
         raise ConfigError("kv_cache_dtype", config.kv_cache_dtype, limit, "leave it out")
     cache = PagedKVCache(model, blocks, config.block_size, pages, part, device, backend)
     if isinstance(decoder, GpuModel) and device.type != "cpu":
-        decoder.warm_up(cache)
+        try:
+            decoder.warm_up(cache)
+        except torch.OutOfMemoryError:
+            limit = f"leave room for a step on {device}"
+            raise ConfigError("num_gpu_blocks_override", blocks, limit, "give the pool less memory") from None
     tables = TableMirror(
         config.max_num_seqs,
         -(-config.max_model_len // config.block_size),

@@ -87,6 +87,9 @@ def test_a_torch_for_cpus_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = devices.why_no_gpu()
     assert found is not None and found[0].startswith("have a torch that is built for CUDA")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    found = devices.why_no_gpu()
+    assert found is not None and found[0].startswith("have a driver that torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
     found = devices.why_no_gpu()
     assert found is not None and found[0] == "have Triton installed"
@@ -95,14 +98,41 @@ def test_a_torch_for_cpus_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found is not None and found[0].startswith("have an NVIDIA GPU")
 
 
+def test_kernels_of_a_cpu_are_a_choice_of_the_cpu(see: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUIRE_KERNELS", "reference")
+    monkeypatch.setattr(devices, "visible_gpus", lambda: gpus(1))
+    with pytest.raises(ConfigError, match="device: got 'cuda', must stand without QUIRE_KERNELS=reference"):
+        choose_device(EngineConfig("m", device="cuda"))
+    with pytest.warns(RuntimeWarning, match="GPU is not used"):
+        assert choose_device(EngineConfig("m")) == "cpu"
+
+
+def test_a_gpu_that_can_not_be_read_is_no_fault_of_auto() -> None:
+    def fail() -> None:
+        raise ConfigError("CUDA_VISIBLE_DEVICES", "0", "name a GPU that can be read", "")
+
+    with pytest.warns(RuntimeWarning, match="GPU is not used: CUDA_VISIBLE_DEVICES"):
+        assert choose_device(EngineConfig("m"), fail) == "cpu"
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
+        choose_device(EngineConfig("m", device="cuda"), fail)
+
+
+def test_a_pool_that_leaves_a_step_no_room_is_refused() -> None:
+    config = EngineConfig("m", kv_cache_memory_bytes=7 * GIB // 2)
+    model = ModelConfig.from_folder(_folder("story"))
+    with pytest.raises(ConfigError, match=r"got '3584MiB', must fit in the 4.0 GiB that are free on the GPU"):
+        MemoryPlan.make(config, model, 4 * GIB, "cuda")
+    assert MemoryPlan.make(config, model, 4 * GIB).num_blocks
+
+
 def test_a_pool_takes_most_of_what_a_gpu_has_free(see: Any) -> None:
-    see(gpus(1))
+    see(gpus(1, 6 * GIB))
     config, model = EngineConfig("m", max_num_seqs=512), ModelConfig.from_folder(_folder("story"))
     plan = MemoryPlan.make(config, model, device="cuda")
-    here = MemoryPlan.make(config, model, 4 * GIB)
+    here = MemoryPlan.make(config, model, 6 * GIB)
     assert plan.device == "cuda" and "on a GPU" in plan.describe()[0]
-    assert 0.8 * 4 * GIB < plan.num_blocks * plan.block_bytes < 0.9 * 4 * GIB
-    assert here.num_blocks * here.block_bytes < 0.5 * 4 * GIB
+    assert 0.8 * 4 * GIB < plan.num_blocks * plan.block_bytes < 0.9 * 5 * GIB
+    assert here.num_blocks * here.block_bytes < 0.5 * 6 * GIB
 
 
 def test_each_shard_of_this_machine_has_a_gpu_of_its_own(see: Any, monkeypatch: pytest.MonkeyPatch) -> None:
