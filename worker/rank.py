@@ -242,19 +242,19 @@ class Rank:
             plans.shut()
 
     def _say_ready(self) -> None:
-        with self._lock:
-            control, segment = self._control, self._segment
-            if control is None or segment is None:
-                return
-            ready = pb.RankReady(
-                rank=self._part.rank,
-                pid=os.getpid(),
-                host=host_key(),
-                segment=segment.path,
-                identity=self._identity,
-                address=self._host or control.own_host,
-            )
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the connection is over, perhaps by this end
+            with self._lock:
+                control, segment = self._control, self._segment
+                if control is None or segment is None:
+                    return
+                ready = pb.RankReady(
+                    rank=self._part.rank,
+                    pid=os.getpid(),
+                    host=host_key(),
+                    segment=segment.path,
+                    identity=self._identity,
+                    address=self._host or control.own_host,
+                )
             control.send(Kind.RANK_READY, ready.SerializeToString())
 
     def _say(self, kind: Kind, message: pb.Formed | pb.Broken | pb.Pong | pb.PagesRead) -> None:
