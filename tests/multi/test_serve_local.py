@@ -139,8 +139,10 @@ def test_streams_outlive_every_worker_one_after_the_other(model: str, expected: 
                 await stream.reaches(5)
             os.kill(it.worker(0), signal.SIGKILL)
             seen = [len(stream.tokens) for stream in streams]
-            for stream, count in zip(streams, seen, strict=True):  # all run on shard 1 now, or were there before
-                await stream.reaches(min(count + 20, LENGTH))
+            # All run on shard 1 now, or were there before: so many tokens can't have been on their way when shard 0
+            # died. A request that sees two deaths and no token in between would rightly be blamed for them.
+            for stream, count in zip(streams, seen, strict=True):
+                await stream.reaches(min(count + 250, LENGTH))
             os.kill(it.worker(1), signal.SIGKILL)
             await finish(streams, expected)
 
