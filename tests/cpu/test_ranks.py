@@ -246,6 +246,32 @@ def test_a_rank_that_is_lost_before_it_can_form_costs_the_others_nothing(
         assert len(lost) == 1
 
 
+def test_a_rank_that_comes_anew_before_it_can_form_stays_ready(
+    small: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.members.LEAVE_SECONDS", 10 * SECONDS)  # or it is fenced then
+    with threads(small, Layout(4)) as it:
+        tell, lost = Members.tell, list[Rank]()
+
+        def swap_one(members: Members, form: pb.Form) -> None:
+            if not lost:
+                rank, thread = it.followers[1]
+                it.follow(1)
+                rank.stop()
+                thread.join(SECONDS)
+                until(lambda: members.is_ready(1) and members._members.get(1) is not members._chosen[1])
+                lost.append(rank)
+            tell(members, form)
+
+        monkeypatch.setattr(Members, "tell", swap_one)
+        with pytest.raises(EpochOver, match="rank 1"):
+            it.ranks.form(1, patience=SECONDS)
+        it.ranks.leave()
+        it.ranks.form(2, patience=SECONDS)
+        assert it.step(0) == it.expected(0)
+        assert len(lost) == 1
+
+
 def test_plans_of_an_epoch_that_is_over_are_refused(small: ModelConfig) -> None:
     with threads(small, Layout(2)) as it:
         it.ranks.begin(5)
