@@ -64,6 +64,13 @@ class Variant(NamedTuple):
     tensor_cores: bool
     least: int = 80
 
+    @classmethod
+    def plain(
+        cls, name: str, kernel: Any, arguments: dict[str, str], constants: dict[str, Any], num_warps: int
+    ) -> Variant:
+        """A kernel without products. `arguments`: types of those that are no constants."""
+        return cls(name, kernel, arguments | dict.fromkeys(constants, "constexpr"), constants, num_warps, 3, False)
+
 
 @dataclass(frozen=True, slots=True)
 class Built:

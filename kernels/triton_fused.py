@@ -475,9 +475,8 @@ def variants() -> "list[Variant]":
     made = kernels()
     found = []
 
-    def add(name: str, kernel: Any, arguments: dict[str, str], constants: dict[str, Any], num_warps: int) -> None:
-        signature = arguments | dict.fromkeys(constants, "constexpr")
-        found.append(Variant(name, kernel, signature, constants, num_warps, 3, False))
+    def add(*what: Any) -> None:
+        found.append(Variant.plain(*what))
 
     for kind in ("bf16", "fp32"):
         ints = dict.fromkeys(("x_stride", "residual_stride", "columns"), "i32:16")

@@ -498,9 +498,8 @@ def variants() -> "list[Variant]":
     made = kernels()
     found = []
 
-    def add(name: str, kernel: Any, arguments: dict[str, str], constants: dict[str, Any], num_warps: int) -> None:
-        signature = arguments | dict.fromkeys(constants, "constexpr")
-        found.append(Variant(name, kernel, signature, constants, num_warps, 3, False))
+    def add(*what: Any) -> None:
+        found.append(Variant.plain(*what))
 
     logits = {"logits_ptr": "*fp32"}
     common = dict.fromkeys(("peak_ptr", "random_ptr", "temperature_ptr", "min_p_ptr"), "*fp64") | {"random_ptr": "*i32"}

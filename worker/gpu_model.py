@@ -25,6 +25,7 @@ from kernels.ops import Mask, PageList, PlannedBackend
 from kernels.upload import upload
 from worker.draw import Shape
 from worker.kv_cache import PagedKVCache
+from worker.model import Linear, rotary_angles
 from worker.model_config import ModelConfig
 from worker.tables import Batch
 from worker.weights import Progress, TensorReader, Weights
@@ -35,28 +36,17 @@ GPU_CHUNK = 1 << 28  # logits that are drawn from at once
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """A product's weights, [rows, columns], and perhaps its bias, [rows]; those of several side by side."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-@dataclass(frozen=True, slots=True)
 class Layer:
     """One decoder layer's weights, on the device."""
 
     input_norm: torch.Tensor
-    qkv: Rows
+    qkv: Linear
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    o: Rows
+    o: Linear
     mlp_norm: torch.Tensor
-    gate_up: Rows
-    down: Rows
+    gate_up: Linear
+    down: Linear
     window: int
 
 
@@ -113,7 +103,7 @@ class GpuModel:
             mask = batch.masks[window]
             checks.check_ids(len(tokens), batch.query_start, pools, pages, mask)
             plans[window] = self._backend.plan(config.num_heads, pools[0], batch.query_start, pages, mask)
-        cos, sin = self._angles(positions)
+        cos, sin = rotary_angles(positions, self._frequencies, config.rope.attention_factor)
         hidden = F.embedding(tokens, self._embedding)
         x = triton_fused.rms_norm(hidden, self._layers[0].input_norm, config.rms_norm_eps)
         for index, layer in enumerate(self._layers):
@@ -198,19 +188,13 @@ class GpuModel:
             return torch.mm(x, self._head.t(), out_dtype=torch.float32)
         return F.linear(x.to(torch.float32), self._head.to(torch.float32))
 
-    def _angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines, float32 [T, D/2]; the angles are float64, as in `Decoder`."""
-        angles = positions.to(torch.float64)[:, None] * self._frequencies
-        factor = self.config.rope.attention_factor
-        return (angles.cos() * factor).to(torch.float32), (angles.sin() * factor).to(torch.float32)
-
     def _take(self, reader: TensorReader, layer: int) -> Layer:
         prefix = f"model.layers.{layer}."
 
         def norm(name: str) -> torch.Tensor:
             return reader.take(f"{prefix}{name}.weight").to(self.device)
 
-        def beside(*names: str) -> Rows:
+        def beside(*names: str) -> Linear:
             tensors = [reader.take(f"{prefix}{name}.weight") for name in names]
             weight = torch.empty(
                 (sum(map(len, tensors)), tensors[0].shape[1]), dtype=tensors[0].dtype, device=self.device
@@ -225,7 +209,7 @@ class GpuModel:
                 weight[begin:end].copy_(tensor)
                 if bias is not None and part is not None:
                     bias[begin:end].copy_(part)
-            return Rows(weight, bias)
+            return Linear(weight, bias)
 
         config = self.config
         return Layer(

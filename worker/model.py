@@ -142,10 +142,22 @@ class Decoder:
         return layer.down(F.silu(layer.gate(x)) * layer.up(x))
 
     def _angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines, float32 [T, 1, D/2]. The angles are float64: float32 is 0.05 rad off at a million."""
-        angles = positions.to(torch.float64)[:, None, None] * self._frequencies
-        factor = self.config.rope.attention_factor
-        return (angles.cos() * factor).to(torch.float32), (angles.sin() * factor).to(torch.float32)
+        """See `rotary_angles`; [T, 1, D/2], for all heads."""
+        cos, sin = rotary_angles(positions, self._frequencies, self.config.rope.attention_factor)
+        return cos[:, None], sin[:, None]
+
+
+def rotary_angles(
+    positions: torch.Tensor, frequencies: torch.Tensor, factor: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines times `factor`, float32 [T, D/2]. The angles are float64: float32 is 0.05 rad off at a million.
+
+    Args:
+        positions: int64 [T].
+        frequencies: float64 [D/2].
+    """
+    angles = positions.to(torch.float64)[:, None] * frequencies
+    return (angles.cos() * factor).to(torch.float32), (angles.sin() * factor).to(torch.float32)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

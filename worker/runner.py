@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,8 @@ from worker.plan import Plan, StepResult, TokenLogprobs
 from worker.sampler import Sampler
 from worker.tables import Batch, TableMirror, ints
 
+Model: TypeAlias = Decoder | NativeModel | GpuModel
+
 # Prompt logprobs can ask for the logits of every token of a chunk; so many rows of them exist at a time.
 MAX_SCORE_ROWS = 64
 NOT_FINITE = "the model's logits are not finite at this position"
@@ -37,7 +40,7 @@ class Runner:
 
     def __init__(
         self,
-        model: Decoder | NativeModel | GpuModel,
+        model: Model,
         cache: PagedKVCache,
         tables: TableMirror,
         sampler: Sampler,

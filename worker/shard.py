@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 
@@ -27,7 +26,7 @@ from worker.model_config import ModelConfig
 from worker.native_model import NativeModel
 from worker.rank import Rank
 from worker.ranks import Ranks
-from worker.runner import Runner
+from worker.runner import Model, Runner
 from worker.sampler import CHUNK, Sampler, choose_by_torch
 from worker.scheduler import ShardScheduler
 from worker.segment import Sizes
@@ -36,7 +35,6 @@ from worker.ways import Ways
 from worker.weights import Progress, Weights, open_weights
 
 _LEAST_HEAD_ROWS = 8  # whose logits go over in one exchange
-Model: TypeAlias = Decoder | NativeModel | GpuModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,9 +235,9 @@ def build_model(
         raise ConfigError("deterministic", True, f"stand with {native}", f"{cure}, or leave it out")
     if part is not None and part.layout.num_ranks > 1:
         layout = part.layout
-        sizes = {"tensor": layout.tensor, "pipeline": layout.pipeline, "page": layout.page}
-        name = next(name for name, size in sizes.items() if size > 1)
-        raise ConfigError(f"{name}_parallel_size", sizes[name], f"be 1 without {native}", cure)
+        field = "tensor_parallel_size" if layout.tensor > 1 else "pipeline_parallel_size"
+        size = layout.tensor if layout.tensor > 1 else layout.pipeline
+        raise ConfigError(field, size, f"be 1 without {native}", cure)
     if isinstance(backend, ops.PlannedBackend):
         if dtype not in backend.takes.kinds:
             kind = str(dtype).removeprefix("torch.")

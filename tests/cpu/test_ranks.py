@@ -220,19 +220,23 @@ def test_a_rank_of_two_lives_belongs_to_the_later_one(small: ModelConfig) -> Non
         assert it.step(0) == it.expected(0) and epoch >= 2
 
 
+@pytest.mark.parametrize("is_back", [False, True], ids=["lost", "anew"])
 def test_a_rank_that_is_lost_before_it_can_form_costs_the_others_nothing(
-    small: ModelConfig, monkeypatch: pytest.MonkeyPatch
+    is_back: bool, small: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.members.LEAVE_SECONDS", 10 * SECONDS)  # or those that were told nothing are fenced then
+    """Nor does the one that has come anew by then."""
+    monkeypatch.setattr("worker.members.LEAVE_SECONDS", 10 * SECONDS)  # or who counts as not ready is fenced then
     with threads(small, Layout(4)) as it:
         tell, lost = Members.tell, list[Rank]()
 
         def lose_one(members: Members, form: pb.Form) -> None:
             if not lost:
                 rank, thread = it.followers[1]
+                if is_back:
+                    it.follow(1)
                 rank.stop()
                 thread.join(SECONDS)
-                until(lambda: not members.is_ready(1))
+                until(lambda: members.is_ready(1) == is_back and members._members.get(1) is not members._chosen[1])
                 lost.append(rank)
             tell(members, form)
 
@@ -240,33 +244,8 @@ def test_a_rank_that_is_lost_before_it_can_form_costs_the_others_nothing(
         with pytest.raises(EpochOver, match="rank 1"):
             it.ranks.form(1, patience=SECONDS)
         it.ranks.leave()
-        it.follow(1)
-        it.ranks.form(2, patience=SECONDS)
-        assert it.step(0) == it.expected(0)
-        assert len(lost) == 1
-
-
-def test_a_rank_that_comes_anew_before_it_can_form_stays_ready(
-    small: ModelConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("worker.members.LEAVE_SECONDS", 10 * SECONDS)  # or it is fenced then
-    with threads(small, Layout(4)) as it:
-        tell, lost = Members.tell, list[Rank]()
-
-        def swap_one(members: Members, form: pb.Form) -> None:
-            if not lost:
-                rank, thread = it.followers[1]
-                it.follow(1)
-                rank.stop()
-                thread.join(SECONDS)
-                until(lambda: members.is_ready(1) and members._members.get(1) is not members._chosen[1])
-                lost.append(rank)
-            tell(members, form)
-
-        monkeypatch.setattr(Members, "tell", swap_one)
-        with pytest.raises(EpochOver, match="rank 1"):
-            it.ranks.form(1, patience=SECONDS)
-        it.ranks.leave()
+        if not is_back:
+            it.follow(1)
         it.ranks.form(2, patience=SECONDS)
         assert it.step(0) == it.expected(0)
         assert len(lost) == 1
