@@ -89,7 +89,6 @@ class Front:
             stream = self._stream(replace(admitted, cache_salt=salt), caller, public.GenerateResponse, began)
             with self._registered(stream):
                 await self._dispatcher.start(stream)
-                await stream.write(caller.context, stream.accepted())
                 await stream.serve(caller.context)
 
     async def ForkGeneration(self, request: public.ForkGenerationRequest, caller: Caller) -> None:
@@ -123,7 +122,6 @@ class Front:
                 stream.inherit(outputs, logprobs)
                 if not stream.is_over:
                     await self._dispatcher.fork(stream, parent, index, len(outputs))
-                await stream.write(caller.context, stream.accepted())
                 await stream.serve(caller.context)
 
     async def CancelGeneration(

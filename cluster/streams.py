@@ -134,8 +134,9 @@ class Stream:
         self._unsent = 0
         self._scores: list[public.Logprobs] = []
         self._num_scores = self._skipped_scores = 0
-        self._timer: asyncio.Timeout | None = None
-        self._write_began = 0.0
+        self._patience: asyncio.Timeout | None = None
+        self._watch: asyncio.TimerHandle | None = None
+        self._write_began = 0.0  # 0 while no write is under way
         self._has_token = False
 
     # From shards
@@ -223,25 +224,13 @@ class Stream:
     # To the client
 
     async def serve(self, context: Context) -> None:
-        """Write until the end. Raises the request's failure, and ServiceError where the client does not read."""
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            for message in self._take():
-                await self.write(context, message)
-            if self._changed.is_set():
-                continue
-            if self.failure is not None:
-                raise self.failure
-            if self.is_over:
-                return
-
-    async def write(self, context: Context, message: Any) -> None:
-        """Raises ServiceError where the client leaves it unread."""
+        """Accept, and write until the end. Raises the request's failure, and ServiceError where the client does not
+        read."""
         try:
-            async with asyncio.timeout(self._write_seconds) as self._timer:
-                self._write_began = asyncio.get_running_loop().time()
-                await context.write(message)
+            async with asyncio.timeout(None) as self._patience:
+                self._watch_writes()
+                await self._write(context, self._accepted())
+                await self._write_news(context)
         except TimeoutError:
             text = (
                 f"the client did not read for {self._write_seconds:.0f} s, or left more than {self._max_unsent} bytes "
@@ -249,15 +238,51 @@ class Stream:
             )
             raise ServiceError("CANCELLED", text) from None
         finally:
-            self._timer = None
+            self._patience = None
+            for timer in (self._watch, self._late):
+                if timer is not None:
+                    timer.cancel()
 
-    def accepted(self) -> Any:
-        """The first message."""
+    def _accepted(self) -> Any:
         request = self.request
         accepted = public.Accepted(
             request_id=request.request_id, prompt_tokens=len(request.prompt), seed=request.params.seed
         )
         return self._event(accepted=accepted)
+
+    async def _write_news(self, context: Context) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            for message in self._take():
+                await self._write(context, message)
+            if self._changed.is_set():
+                continue
+            if self.failure is not None:
+                raise self.failure
+            if self.is_over:
+                return
+
+    async def _write(self, context: Context, message: Any) -> None:
+        self._write_began = asyncio.get_running_loop().time()
+        await context.write(message)
+        self._write_began = 0.0
+
+    def _watch_writes(self) -> None:
+        """End `serve` when a write has lasted for write_seconds. One timer for all writes: one for each would cost as
+        much as half of a write."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        left = self._write_seconds - (now - self._write_began if self._write_began else 0.0)
+        if left > 0:
+            self._watch = loop.call_later(left, self._watch_writes)
+        else:
+            self._lose_patience(now)
+
+    def _lose_patience(self, now: float) -> None:
+        if self._patience is not None:
+            self._patience.reschedule(now)
+            self._patience = None
 
     def _take(self) -> Iterator[Any]:
         """Messages of all news."""
@@ -290,11 +315,14 @@ class Stream:
         size = MOST_POSITIONS if sample.logprobs is not None else max(1, end - start)
         for at in range(start, max(end, start + 1), size):
             stop = min(end, at + size)
-            delta = public.Delta(index=sample.index, text=text, token_ids=sample.outputs[at:stop])
+            message = self._event()
+            delta = message.delta  # filled in place: a Delta that is passed in would be copied
+            delta.index, delta.text = sample.index, text
+            delta.token_ids.extend(sample.outputs[at:stop])
             if sample.logprobs is not None:
                 delta.logprobs.extend(sample.logprobs[at:stop])
             text = ""
-            yield self._event(delta=delta)
+            yield message
 
     def _finished(self, sample: Sample) -> public.Finished:
         finished = public.Finished(index=sample.index, finish_reason=_PUBLIC_REASON[sample.reason])
@@ -352,9 +380,8 @@ class Stream:
             self._changed.set()
         elif self._late is None:
             self._late = asyncio.get_running_loop().call_later(wait + pace / 2, self._changed.set)
-        if self._unsent > self._max_unsent and self._timer is not None and now - self._write_began > STALLED_SECONDS:
-            self._timer.reschedule(now)
-            self._timer = None
+        if self._unsent > self._max_unsent and self._write_began and now - self._write_began > STALLED_SECONDS:
+            self._lose_patience(now)
 
 
 def _logprobs(found: pb.Logprobs) -> public.Logprobs:

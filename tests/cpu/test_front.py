@@ -209,13 +209,14 @@ def test_what_a_slow_reader_missed_comes_in_one_message() -> None:
             assert stream.push(pb.Delta(token=token), 0.0) is None
         serving = asyncio.create_task(stream.serve(context))
         await asyncio.sleep(0)
-        assert [list(each.delta.token_ids) for each in context.messages] == [[11, 12, 13]]
+        assert [each.WhichOneof("event") for each in context.messages] == ["accepted", "delta"]
+        assert list(context.messages[1].delta.token_ids) == [11, 12, 13]
         stream.push(pb.Delta(token=14), 0.0)
         stream.push(pb.Delta(token=15, finish=pb.FINISH_REASON_LENGTH), 0.0)
         await serving
-        assert list(context.messages[1].delta.token_ids) == [14, 15]
-        assert context.messages[2].finished.usage.output_tokens == 5
-        assert len(context.messages) == 3
+        assert list(context.messages[2].delta.token_ids) == [14, 15]
+        assert context.messages[3].finished.usage.output_tokens == 5
+        assert len(context.messages) == 4
 
     asyncio.run(body())
 
