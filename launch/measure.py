@@ -29,7 +29,7 @@ from worker.loop import Inline
 from worker.runner import Runner
 
 _READ_BYTES = 1 << 28  # of a buffer; more than caches hold
-_ROWS = (1, 2, 4, 8, 14, 16, 32, 64, 256)  # of products; the kernel's tiles have 14 rows, so 15 cost as much as 28
+_ROWS = (1, 2, 4, 8, 14, 16, 32, 64, 256)  # of products; the kernel's tiles have 14 rows, so 16 take two
 _BLOCK = 16
 _SAMPLES, _REPEATS = 7, 4
 _RESERVE = 2.5e8  # a rank's process with torch: PSS of 210 MB, measured, and stacks

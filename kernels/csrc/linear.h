@@ -30,7 +30,8 @@ struct PackedPairs {
 
 constexpr int kPanelRows = W == 16 ? 14 : W == 8 ? 5 : 4;  // as many sums as registers hold
 constexpr int kPanelVectors = 2;                           // of a panel, at a time
-constexpr int64_t kFetch = 2048;                           // bytes between a load and its prefetch
+constexpr int64_t kFetch = 16 * 1024;                      // bytes between a load and its prefetch
+constexpr int64_t kFewRows = 4;                            // wait for memory, which the hardware fetches best by itself
 
 // sums[i][lane] for R rows of A, `a_row` words apart, and kPanelVectors vectors of a panel.
 template <class Words, int R>
@@ -125,12 +126,13 @@ static void product(const Product& product, int64_t panel, int64_t panel_end, in
     const int64_t rows = row_end - row, tiles = (rows + kPanelRows - 1) / kPanelRows;
     for (; panel < panel_end; panel++) {
         const Word* b = (const Word*)product.matrix.packed + panel * product.matrix.depth * kPanel;
-        // A single tile asks for what it will read soon; of several, the second and third for the next panel.
+        // The first of one or two tiles asks for what it will read soon, the second for the next panel; of more, the second
+        // and third share that.
         const char* const next = (const char*)(b + product.matrix.depth * kPanel);
         for (int64_t tile = 0; tile < tiles; tile++) {
             const int64_t first = row + rows * tile / tiles, end = row + rows * (tile + 1) / tiles;
-            const char* fetch = tiles == 1 ? (const char*)b + kFetch : tile == 2 ? next + product.matrix.depth * 64 : next;
-            const int64_t lines = tiles <= 2 ? (tile + 1 == tiles ? 2 : 0) : tile == 1 || tile == 2 ? 1 : 0;
+            const char* fetch = tile == 0 ? (const char*)b + kFetch : tile == 2 ? next + product.matrix.depth * 64 : next;
+            const int64_t lines = rows <= kFewRows ? 0 : tiles <= 2 ? 2 : tile == 1 || tile == 2 ? 1 : 0;
             panel_tile<Words, kPanelRows>(end - first, (const Word*)product.a + first * product.a_row, product.a_row,
                                           b, product.matrix.depth, fetch, lines, sums);
             for (int64_t i = first; i < end; i++) end_row<T>(product, i, panel, sums + (i - first) * kPanel);
