@@ -71,7 +71,7 @@ def measure(cores: int | None = None, say: Callable[[str], None] = lambda text: 
 
 def _measure(backend: Native, cores: int, say: Callable[[str], None]) -> Hardware:
     say("reading memory")
-    together = _read_rate(cores)
+    together = read_rate(cores)
     read = max(_read_alone(), together / cores)
     say("products")
     products, barrier = _products(backend), _barrier(backend, cores)
@@ -165,7 +165,7 @@ def _read_alone() -> float:
     return _READ_BYTES / _cpu_seconds(partial(cpu.read, buffer))
 
 
-def _read_rate(readers: int) -> float:
+def read_rate(readers: int) -> float:
     """Bytes/s of plain reading by so many threads at once."""
     buffers = [torch.ones(_READ_BYTES // 4) for _ in range(readers)]
 
