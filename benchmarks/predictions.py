@@ -43,6 +43,7 @@ WORK = {
 }
 CASES = tuple(f"{layout}:{work}" for layout, each in WORK.items() for work in each)
 DECODE_CONTEXT, STEPS = 64, 12
+MAX_TOKENS = 512  # of a long sequence, in all turns
 STEADY = 0.05  # that a prediction may change during a turn
 
 
@@ -63,11 +64,11 @@ class Case:
         self.layout, self._kind, size = name.split(":")
         sizes = [int(each) for each in size.split("x")]
         if self._kind == "decode":
-            (self._batch,), self._context = sizes, DECODE_CONTEXT + STEPS  # halfway through a turn
+            (self._batch,), self.context = sizes, DECODE_CONTEXT + STEPS  # halfway through a turn
         elif self._kind == "prefill":
-            self._batch, self._context = sizes
+            self._batch, self.context = sizes
         else:
-            self._batch, (self._context,) = 1, sizes
+            self._batch, (self.context,) = 1, sizes
 
     @property
     def num_ranks(self) -> int:
@@ -82,23 +83,23 @@ class Case:
         if self._kind == "decode":
             return self._batch / decode(self._batch, DECODE_CONTEXT, STEPS)(llm)
         if self._kind == "prefill":
-            return self._batch * self._context / prefill(self._batch, self._context)(llm)
+            return self._batch * self.context / prefill(self._batch, self.context)(llm)
         return self._long_step(llm)
 
     def predict(self, hardware: Hardware) -> float:
         parser = Parser()
         add_plan_flags(parser)
-        sizes = ["--devices", "2", "--context", str(self._context), "--batch", str(self._batch)]
+        sizes = ["--devices", "2", "--context", str(self.context), "--batch", str(self._batch)]
         question = Question.of(parser.parse_args([self._model, *sizes, "--dtype", "bfloat16"]))
         cost = replace(question, hardware=hardware).cost(LAYOUTS[self.layout][1])
         found: Prediction = cost.predict(question.load)
-        return self._batch * self._context / found.prefill_tokens_per_s if self._kind == "prefill" else found.step_s
+        return self._batch * self.context / found.prefill_tokens_per_s if self._kind == "prefill" else found.step_s
 
     def _long_step(self, llm: LLM) -> float:
         """The sequence is prefilled in the first turn and goes on in the others."""
         if not llm.loop.has_work:
-            fields = {"max_tokens": 512, "ignore_eos": True, "temperature": 0.0}
-            llm.add_request({"prompt_token_ids": prompts(1, self._context, llm.limits.vocab_size)[0], **fields})
+            fields = {"max_tokens": MAX_TOKENS, "ignore_eos": True, "temperature": 0.0}
+            llm.add_request({"prompt_token_ids": prompts(1, self.context, llm.limits.vocab_size)[0], **fields})
             while any(not sequence.num_outputs for sequence in llm.loop.scheduler.sequences()):
                 llm.step()
         seconds = []
@@ -111,7 +112,7 @@ class Case:
 
 def turns(cases: Sequence[Case], model: str, hardware: Hardware, count: int) -> Iterator[tuple[Case, Turn]]:
     """Every case in turn, so that all of them see both states of memory; engines of equal settings are one."""
-    longest = 33_280 if any(case.is_long for case in cases) else 2_304
+    longest = max(case.context for case in cases) + MAX_TOKENS
     base: dict[str, Any] = {
         "dtype": "bfloat16",
         "max_model_len": longest,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import compare, scheduler, service
+from benchmarks import compare, predictions, scheduler, service
 from benchmarks.models import SHAPES, model_folder
 from benchmarks.roofline import Cost, Work, work
 from launch.bench import Case
@@ -229,3 +229,22 @@ def test_the_service_beside_the_engine(capsys: pytest.CaptureFixture[str]) -> No
     assert line["tokens"] == sum(each["max_tokens"] for each in service.requests(3, 8))
     assert set(line["service_cpu"]) == {"client", "scheduler", "keeper", "front", "worker"}
     assert line["ratio"] > 0 and line["first_over_grpc_ms"] > 0
+
+
+def test_a_prediction_is_judged_by_the_state_of_memory_that_its_turns_had() -> None:
+    case = predictions.Case("T=2:decode:8", "any")
+    found = [predictions.Turn(2.0, 4.0, 80.0), predictions.Turn(3.0, 3.0, 50.0), predictions.Turn(3.0, 2.0, 60.0)]
+    fast, slow = predictions.lines(case, found, 40.0)
+    assert (fast["memory_keeps_up"], fast["turns"], fast["off"]) == (True, 1, -0.5)
+    assert (slow["memory_keeps_up"], slow["turns"], slow["off"]) == (False, 2, 0.25)
+    (one,) = predictions.lines(predictions.Case("T=1:decode:8", "any"), found, 40.0)
+    assert (one["memory_keeps_up"], one["turns"], one["predicted_ms"]) == (None, 3, 3000.0)
+
+
+def test_predictions_are_made_of_the_work_that_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = ["T=1:decode:2", "T=1:prefill:2x40"]
+    arguments = ["--model", str(folder), "--hardware", "cpu-zen5-2core", "--turns", "2", "--json"]
+    assert predictions.main([*arguments, "--cases", ",".join(cases)]) == 0
+    for line in lines(capsys.readouterr().out):  # none of a case in whose turns memory changed
+        assert line["case"] in cases and line["turns"] in (1, 2)
+        assert line["measured_ms"] > 0 and line["predicted_ms"] > 0
