@@ -17,11 +17,12 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kernels import ops, triton_attention
+from kernels import ops, tiles, triton_attention
 from kernels.ops import Mask, PageList
 from kernels.reference import Reference
-from kernels.triton_attention import Shape as KernelShape
-from kernels.triton_attention import Triton, deal, split
+from kernels.tiles import Shape as KernelShape
+from kernels.tiles import deal, split
+from kernels.triton_attention import Triton
 from launch.llm import LLM
 from pagetable.errors import ConfigError
 from tests.attention import LIMIT, Case, Shape, check, ints, make
@@ -44,7 +45,7 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture
 def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of two pages, so that most rows are split."""
-    monkeypatch.setattr(triton_attention, "MIN_TOKENS", 32)
+    monkeypatch.setattr(tiles, "MIN_TOKENS", 32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
