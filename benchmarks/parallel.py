@@ -59,9 +59,7 @@ def decode(batch: int, context: int = 64, steps: int = 24) -> Callable[[LLM], fl
     """Tokens a second of `batch` sequences that all decode."""
 
     def measure(llm: LLM) -> float:
-        ids = _add(llm, prompts(batch, context, llm.limits.vocab_size), steps * 8)
-        while any(not s.num_outputs for s in llm.loop.scheduler.sequences()):
-            llm.step()
+        ids = begin(llm, batch, context, steps * 8)
         for _ in range(4):
             llm.step()
         start, count = time.perf_counter(), 0
@@ -85,26 +83,16 @@ def attention(context: int, steps: int = 12) -> Callable[[LLM], float]:
     """
     short: dict[LLM, float] = {}
 
-    def step_seconds(llm: LLM) -> float:
-        found = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            llm.step()
-            found.append(time.perf_counter() - start)
-        return statistics.median(found)
-
     def measure(llm: LLM) -> float:
         if llm not in short:
             (brief,) = _add(llm, prompts(1, 64, llm.limits.vocab_size), 64)
             for _ in range(4):
                 llm.step()
-            short[llm] = step_seconds(llm)
+            short[llm] = step_seconds(llm, steps)
             llm.abort(brief)
             _drain(llm)
-            _add(llm, prompts(1, context, llm.limits.vocab_size), 400)
-            while any(not s.num_outputs for s in llm.loop.scheduler.sequences()):
-                llm.step()
-        return 1 / (step_seconds(llm) - short[llm])
+            begin(llm, 1, context, 400)
+        return 1 / (step_seconds(llm, steps) - short[llm])
 
     return measure
 
@@ -123,6 +111,24 @@ def prefill(count: int, length: int) -> Callable[[LLM], float]:
         return rate
 
     return measure
+
+
+def begin(llm: LLM, batch: int, context: int, max_tokens: int) -> list[str]:
+    """So many sequences of random tokens, each with its first output."""
+    ids = _add(llm, prompts(batch, context, llm.limits.vocab_size), max_tokens)
+    while any(not sequence.num_outputs for sequence in llm.loop.scheduler.sequences()):
+        llm.step()
+    return ids
+
+
+def step_seconds(llm: LLM, steps: int) -> float:
+    """Of the median step."""
+    found = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        llm.step()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
 
 
 def _add(llm: LLM, many: list[list[int]], max_tokens: int) -> list[str]:

@@ -1,6 +1,6 @@
 """`quire plan` beside runs: predicted and measured time of the same work, turn by turn.
 
-    python -m benchmarks.predictions --model DIR [--hardware NAME|FILE] [--cases T=2:decode:8,...] [--turns 8] [--json]
+    python -m benchmarks.predictions --model DIR [--hardware NAME|FILE] [--cases T=2:decode:8,...] [--turns 5] [--json]
 
 Constants are measured first, as by `quire plan --measure`, or taken from --hardware. But how much cores read changes
 within seconds on a virtual machine, and with it whatever reads weights and does little else. So as many readers as the
@@ -15,18 +15,17 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.parallel import KEEPS_UP, ONE, PAGE, STAGES, TENSOR, decode, prefill, prompts
+from benchmarks.parallel import KEEPS_UP, ONE, PAGE, STAGES, TENSOR, begin, decode, prefill, step_seconds
 from launch.flags import Parser
 from launch.hardware_file import read_hardware
 from launch.llm import LLM
 from launch.measure import measure, read_rate
 from launch.plan import Question, add_plan_flags
-from pagetable.cost import Prediction, Ways
+from pagetable.cost import Ways
 from pagetable.hardware import Hardware
 
 LAYOUTS: dict[str, tuple[dict[str, Any], Ways]] = {
@@ -92,22 +91,14 @@ class Case:
         sizes = ["--devices", "2", "--context", str(self.context), "--batch", str(self._batch)]
         question = Question.of(parser.parse_args([self._model, *sizes, "--dtype", "bfloat16"]))
         cost = replace(question, hardware=hardware).cost(LAYOUTS[self.layout][1])
-        found: Prediction = cost.predict(question.load)
+        found = cost.predict(question.load)
         return self._batch * self.context / found.prefill_tokens_per_s if self._kind == "prefill" else found.step_s
 
     def _long_step(self, llm: LLM) -> float:
         """The sequence is prefilled in the first turn and goes on in the others."""
         if not llm.loop.has_work:
-            fields = {"max_tokens": MAX_TOKENS, "ignore_eos": True, "temperature": 0.0}
-            llm.add_request({"prompt_token_ids": prompts(1, self.context, llm.limits.vocab_size)[0], **fields})
-            while any(not sequence.num_outputs for sequence in llm.loop.scheduler.sequences()):
-                llm.step()
-        seconds = []
-        for _ in range(STEPS):
-            start = time.perf_counter()
-            llm.step()
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
+            begin(llm, 1, self.context, MAX_TOKENS)
+        return step_seconds(llm, STEPS)
 
 
 def turns(cases: Sequence[Case], model: str, hardware: Hardware, count: int) -> Iterator[tuple[Case, Turn]]:
@@ -159,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="folder; benchmarks.compare makes shape mid")
     parser.add_argument("--hardware", help="a table's name or file; default: measured first")
     parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--turns", type=int, default=8, help="at most 32: a long sequence goes on in all; default: 8")
+    parser.add_argument("--turns", type=int, default=5, help="at most 32: a long sequence goes on in all; default: 5")
     parser.add_argument("--json", action="store_true", help="one JSON line for each line of the table")
     options = parser.parse_args(arguments)
     say: Callable[[str], None] = lambda text: print(f"measuring {text}", file=sys.stderr)  # noqa: E731
