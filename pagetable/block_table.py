@@ -6,7 +6,7 @@
                                    start of the partial last page
 
 Only the partial last page is ever written. Where it is shared (after a fork) the writer copies that one page first,
-within its group: ranks copy inside their own pools only.
+within its group while that has room, which costs no exchange between ranks.
 """
 
 from __future__ import annotations
@@ -51,14 +51,6 @@ class BlockTable:
         needed = -(-(self.num_tokens + num_tokens) // self.block_size) - len(self.pages)
         return needed + (num_tokens > 0 and self._copies())
 
-    def is_stuck(self) -> bool:
-        """Whether the last page must be copied before it is written, and its group has no room for a copy, though
-        others may have: then `trim` to the page's start and computing its tokens again gets on."""
-        pool = self.pool
-        if pool.num_groups == 1 or not self._copies():
-            return False
-        return not pool.has_room_in(pool.group(LogicalPageId(self.pages[-1])))
-
     def adopt(self, pages: Iterable[LogicalPageId]) -> None:
         """Share full pages of a matched prefix behind the full pages that the table has."""
         if self.num_tokens % self.block_size:
@@ -80,8 +72,7 @@ class BlockTable:
         """Room for `num_tokens` more tokens, which plan `after` writes.
 
         Returns (source, target) where the shared last page is to be copied before the plan writes, else None. The
-        copy's source is given up with that plan. Raises OutOfBlocks with nothing changed, also where only the group of
-        the page to be copied has no room (`is_stuck`).
+        copy's source is given up with that plan. Raises OutOfBlocks with nothing changed.
         """
         pool, pages = self.pool, self.pages
         if num_tokens < 0:
@@ -89,13 +80,16 @@ class BlockTable:
         needed = -(-(self.num_tokens + num_tokens) // self.block_size) - len(pages)
         copies = num_tokens > 0 and self._copies()
         if needed + copies:
-            first_in = pool.group(LogicalPageId(pages[-1])) if copies else None
+            group = pool.group(LogicalPageId(pages[-1])) if copies else 0
+            first_in = group if copies and pool.has_room_in(group) else None
             fresh = pool.allocate(needed + copies, pages, self.held, first_in)
         self.num_tokens += num_tokens
         copy = None
         if copies:
             copy = LogicalPageId(pages[-1]), fresh.pop(0)
             pages[-1] = copy[1]
+            self._count(copy[1:])
+            self._count(copy[:1], -1)
             pool.free(copy[0], after)
         if needed:
             pages.extend(fresh)
@@ -122,6 +116,15 @@ class BlockTable:
         self._count((page,))
         self._count((own,), -1)
         self.pool.free(own, after)
+
+    def move(self, index: int, group: int, after: PlanNumber) -> None:
+        """Plan `after` copies the page at `index` to another group; see `PagePool.move`."""
+        page = LogicalPageId(self.pages[index])
+        self._count((page,), -1)
+        try:
+            self.pool.move(page, group, after, self.pages)
+        finally:
+            self._count((page,))
 
     def trim(self, num_tokens: int, after: PlanNumber = NO_PLAN) -> None:
         """Give up the pages behind the first `num_tokens` tokens, the last page first."""

@@ -194,6 +194,36 @@ class PagePool:
             self._given_up[page] = self._num_given_up
         self._at_rest(page, state)
 
+    def may_move(self, page: LogicalPageId) -> bool:
+        """Whether `move` takes the page: one table holds it, its bytes are there, and no transfer works on it."""
+        allocator, ref = next(self._blocks(page))
+        return not self._pins[page] and allocator.users(ref) == 1 and allocator.state(block_of(ref)) == BlockState.LIVE
+
+    def move(self, page: LogicalPageId, group: int, after: PlanNumber, behind: Sequence[int] = ()) -> None:
+        """Give the page blocks of another group, RESERVED until `publish`; plan `after` copies its bytes to them.
+
+        Args:
+            behind: its table; the new blocks come behind its last ones in that group where possible.
+
+        Raises WrongState where `may_move` says no or it lies there, OutOfBlocks where the group has no room.
+        """
+        old = self._group[page]
+        if group == old or not self.may_move(page):
+            raise WrongState(f"page {page} cannot be moved from group {old} to group {group}")
+        if not self.has_room_in(group):
+            raise OutOfBlocks(f"a page needed in group {group}, none available there")
+        while not self.free_in(group):
+            self._evict()
+        self._owner[old][self.block(page)] = _NO_OWNER
+        for allocator, ref in self._blocks(page):
+            allocator.keep(ref, False)
+            allocator.free(ref, after)
+        self.attended[old] -= 1
+        self._fill([page], group, behind)
+        if page in self.tree:
+            for allocator, ref in self._blocks(page):
+                allocator.keep(ref, True)
+
     def retire(self, plan: PlanNumber) -> None:
         """Plan `plan` is over on every rank: what waited for it is cached or free now."""
         for allocator in chain.from_iterable(self.columns[1:]):
@@ -202,7 +232,8 @@ class PagePool:
         for allocator, owner in zip(self.columns[0], self._owner, strict=True):
             for ref in allocator.retire(plan):
                 block = block_of(ref)
-                rested.append((LogicalPageId(owner[block]), allocator.state(block)))
+                if owner[block] != _NO_OWNER:  # else its page has moved on
+                    rested.append((LogicalPageId(owner[block]), allocator.state(block)))
         if self.num_groups > 1:  # a page rests behind those that hang on it, which may lie in another group
             rested.sort(key=lambda found: self._given_up[found[0]])
         for page, state in rested:

@@ -8,7 +8,8 @@ any choice of tables: those of one plan, and those that outlive the others.
 
 Measured over random arrivals, forks and ends (tests/pure/test_placement.py): the table's fewest first leaves twice as
 many steps beyond 5 % of the mean, as it can't make up for tables that ended; the fewest attended first leaves as many
-as this, but tables that are alone later may lie in one group.
+as this, but tables that are alone later may lie in one group. No rule for new pages makes up for an end at once: what
+is then beyond `most_attended` is moved (pagetable/balance.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pagetable.errors import OutOfBlocks
+
+
+def most_attended(num_pages: int, num_groups: int) -> int:
+    """What a group may attend of a step's pages: from 16 pages a group on 5 % more than the mean, below one page more;
+    always as many as whole pages must come to."""
+    if num_pages < 16 * num_groups:
+        return num_pages // num_groups + 1
+    return max(21 * num_pages // (20 * num_groups), -(-num_pages // num_groups))
 
 
 def spread(count: int, held: Sequence[int], attended: Sequence[int], room: Sequence[int]) -> list[int]:

@@ -99,6 +99,20 @@ class PrefixTree:
             yield page
             page = self._entry[page][1]
 
+    def behind(self, page: LogicalPageId) -> list[LogicalPageId]:
+        """`page` and all pages whose prefix has it, each before those that hang on it. Raises WrongState where it is
+        not in the tree."""
+        if page not in self._entry:
+            raise WrongState(f"page {page} is not in the prefix tree")
+        found = [page]
+        if self._children.get(page):
+            children: dict[LogicalPageId, list[LogicalPageId]] = {}
+            for child, (_, parent) in self._entry.items():
+                children.setdefault(parent, []).append(child)
+            for each in found:  # it grows meanwhile
+                found.extend(children.get(each, ()))
+        return found
+
     def digest(self, page: LogicalPageId) -> bytes:
         return self._entry[page][0]
 

@@ -71,7 +71,8 @@ def _score_and_copy(rig: Rig) -> None:
     plan.admits = [admit(7, tokens, prompt_logprobs=2)]
     plan.score_row, plan.score_slot = array("i", range(20)), array("i", [7] * 20)
     plan.score_token = array("i", tokens[1:21])
-    plan.copy_group, plan.copy_sources = array("i", [0]), [array("i", [int(rig.tables.tables[0, 0])])]
+    plan.copy_from = plan.copy_to = array("i", [0])
+    plan.copy_sources = [array("i", [int(rig.tables.tables[0, 0])])]
     plan.copy_targets = [array("i", [rig.free.pop()])]
     result = runner.run(plan)
     assert result is not None and len(result.scores) == 20

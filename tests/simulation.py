@@ -81,7 +81,7 @@ class Rank:
         self.pool = [[0] * block_size for _ in range(num_blocks)]
         self.tables: dict[int, dict[int, int]] = {}
 
-    def write(self, plan: Plan, x: list[int]) -> None:
+    def write(self, plan: Plan, x: list[int], incoming: list[tuple[int, list[int]]]) -> None:
         """Admits, table changes, copies, then K and V of all tokens whose pages are here."""
         size = self.block_size
         for admit in plan.admits:
@@ -91,10 +91,8 @@ class Rank:
             self.tables[slot].pop(index, None)
             if group == self.group:
                 self.tables[slot][index] = block
-        copies = zip(plan.copy_group, plan.copy_sources[self.stage], plan.copy_targets[self.stage], strict=True)
-        for group, source, target in copies:
-            if group == self.group:
-                self.pool[target] = self.pool[source][:]
+        for block, values in incoming:
+            self.pool[block] = values
         for row, slot in enumerate(plan.slots):
             table, first = self.tables[slot], plan.first_position[row]
             for t in range(plan.query_start[row], plan.query_start[row + 1]):
@@ -136,6 +134,7 @@ class FakeDevice:
         self.results: dict[int, array[int]] = {}  # tokens by number of the plan
         self.before = array("i")  # tokens of the plan before the one that is to begin
         self.num_filled = 0  # tokens that plans left open
+        self.num_moves = 0  # of pages between groups
 
     def submit(self, plan: Plan) -> None:
         self.plans.append((plan, []))
@@ -155,8 +154,15 @@ class FakeDevice:
         stage = len(done) - 1
         if stage == len(self.ranks) or (index and len(self.plans[index - 1][1]) - 1 <= stage):
             return
-        for rank in self.ranks[stage]:
-            rank.write(plan, done[-1])
+        ranks = self.ranks[stage]
+        incoming: list[list[tuple[int, list[int]]]] = [[] for _ in ranks]
+        for source, target, old, new in zip(
+            plan.copy_from, plan.copy_to, plan.copy_sources[stage], plan.copy_targets[stage], strict=True
+        ):
+            incoming[target].append((new, ranks[source].pool[old][:]))
+            self.num_moves += source != target
+        for rank, pages in zip(ranks, incoming, strict=True):
+            rank.write(plan, done[-1], pages)
         parts = [rank.attend(plan) for rank in self.ranks[stage]]
         positions = [p + 1 for p in self.positions(plan)]
         assert [sum(count for _, count in found) for found in zip(*parts, strict=True)] == positions, "pages unseen"
@@ -359,7 +365,7 @@ class Simulation:
     def may_step_ahead(self, sequence: Sequence) -> bool:
         """Whether the next plan may take a sequence that awaits one token."""
         may = sequence.state is State.DECODE and sequence.pending == 1 and sequence.may_step
-        return self.config.async_scheduling and may and not sequence.table.is_stuck()
+        return self.config.async_scheduling and may
 
     def receive(self, output: TokenOutput) -> None:
         stream = self.streams[output.request_id, output.sample_index]

@@ -73,8 +73,10 @@ class Plan:
     table_index: array[int] = field(default_factory=ints)
     table_group: array[int] = field(default_factory=ints)
     table_blocks: list[array[int]] = field(default_factory=by_column)
-    # [M] whole pages copied before the forward pass (copy on write), within one group
-    copy_group: array[int] = field(default_factory=ints)
+    # [M] whole pages copied before the forward pass: within one group (copy on write), or to another (a page moves);
+    # no block is both a source and a target
+    copy_from: array[int] = field(default_factory=ints)
+    copy_to: array[int] = field(default_factory=ints)
     copy_sources: list[array[int]] = field(default_factory=by_column)
     copy_targets: list[array[int]] = field(default_factory=by_column)
     # [S] sample one token from the logits of query token `sample_row` with the state of `sample_slot`;

@@ -18,6 +18,7 @@ from worker.kv_cache import PagedKVCache
 from worker.layout import Part
 from worker.model import Decoder
 from worker.native_model import NativeModel
+from worker.page_moves import move_pages
 from worker.plan import Plan, StepResult, TokenLogprobs
 from worker.sampler import Sampler
 from worker.tables import Batch, TableMirror, ints
@@ -85,6 +86,10 @@ class Runner:
         source, target = self.tables.copies(plan)
         if len(source):
             self.cache.copy_pages(torch.from_numpy(source), torch.from_numpy(target))
+        moves = self.tables.moves(plan)
+        if moves is not None:
+            assert self.group is not None and self.group.slice is not None, "several groups are several ranks"
+            move_pages(self.group.slice, self.cache, moves)
         result = StepResult(plan.number, array("i"))
         if plan.num_tokens:
             batch = self.tables.batch(plan, self.model.windows)

@@ -17,9 +17,6 @@ prompts share what is left of the token budget in equal parts. Short ones begin 
 time that its own length bounds (`_PATIENCE`).
 3. A sequence preempted `max_preemptions` times comes back only when it can no longer be a victim.
 
-A decode whose shared last page cannot be copied, because the page's group is full, computes that page's tokens again
-into another group.
-
 Nothing here reads a clock, draws a number or does I/O: the same calls give the same plans.
 """
 
@@ -208,6 +205,7 @@ class ShardScheduler:
         self._plan_prompts(prefills, share, step)
         if not step.rows:
             return None
+        step.even_out()
         step.write()
         self._in_flight[step.plan.number] = step
         self._next_plan = PlanNumber(self._next_plan + 1)
@@ -257,13 +255,18 @@ class ShardScheduler:
         sealed = [page for step in steps for page in step.sealed]
         for page in reversed(sealed):  # what hangs on a page was sealed after it
             self.pool.drop(page)
+        moved = [page for step in steps for page in step.moved]
+        for page in moved:
+            if self.pool.sealed(page):
+                for each in reversed(self.pool.tree.behind(page)):
+                    self.pool.drop(each)
         hit = {row.sequence.sequence_id: row.sequence for step in steps for row in step.rows.values()}
         hit |= {sequence.sequence_id: sequence for step in steps for sequence, _ in step.samples}
         for sequence in hit.values():
             sequence.pending = 0
         ended = sorted((s for s in hit.values() if s.state is not State.DONE), key=AGE, reverse=True)
         outputs = [self._finish(s, FinishReason.ERROR, why) for s in ended]
-        lost = set(sealed)
+        lost = {*sealed, *moved}
         for sequence in list(self.running):
             if not lost.isdisjoint(sequence.table.pages):  # it took over a page that never came
                 self._preempt(sequence)
@@ -398,8 +401,6 @@ class ShardScheduler:
             if sequence is step.oldest and not self._in_flight:
                 return self._recompute(sequence, step)
             return False  # it keeps its pages and waits
-        if missing and table.is_stuck():
-            return not sequence.pending and self._recompute(sequence, step)
         step.append(sequence, 1)
         step.sample(sequence, sequence)
         return True

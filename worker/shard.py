@@ -91,9 +91,12 @@ class ShardSpec:
         hidden = tokens * model.hidden_size * 4
         widest = max(len(part.vocab) for part in layout.parts(model))
         attended = model.num_heads // layout.num_slices
+        row = PagedKVCache.row_bytes(model, page_dtype(self.config, self.dtype))
+        part = layout.part(model, 0)
+        block = part.block_bytes(self.config.block_size, row) // len(part.layers)
         return Sizes(
             tensor=max(hidden, _LEAST_HEAD_ROWS * row_bytes(widest, logits=True)),
-            slice=tokens * attended * (model.head_dim + 1) * 4,
+            slice=max(tokens * attended * (model.head_dim + 1) * 4, block),
             ring=hidden,
         )
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as ListOf
 
-from pagetable.ids import LogicalPageId, PlanNumber, SequenceId
+from pagetable.balance import even_out
+from pagetable.ids import BlockId, LogicalPageId, PlanNumber, SequenceId
 from pagetable.page import PagePool
 from pagetable.prefix_tree import NO_PAGE, extend_digests
 from worker.config import ShardConfig
@@ -35,6 +36,7 @@ class Step:
         scored: (sequence, how many prompt positions).
         fresh: pages that this plan is the first to write.
         sealed: pages that others find because this plan fills them, in the order in which they were sealed.
+        moved: pages that this plan copies to another group.
     """
 
     def __init__(self, number: PlanNumber, budget: int, oldest: Sequence, config: ShardConfig, pool: PagePool) -> None:
@@ -52,6 +54,7 @@ class Step:
         self.scored: list[tuple[Sequence, int]] = []
         self.fresh: list[LogicalPageId] = []
         self.sealed: list[LogicalPageId] = []
+        self.moved: list[LogicalPageId] = []
         self._config, self._pool = config, pool
 
     def names(self, sequence: Sequence) -> bool:
@@ -109,6 +112,17 @@ class Step:
                 eos_token_ids=request.eos_token_ids,
             )
         )
+
+    def even_out(self) -> None:
+        """Move pages between groups where one would attend much more of this plan than the others."""
+        rows = [row.sequence for row in self.rows.values()]
+        for move in even_out([s.table for s in rows], self.plan.number):
+            sequence = rows[move.row]
+            page = LogicalPageId(sequence.table.pages[move.index])
+            self._send(sequence, (move.index,))
+            self._copies(move.source, move.target, move.blocks)
+            self.fresh.append(page)
+            self.moved.append(page)
 
     def write(self) -> Plan:
         """Rows, samples and scores as arrays; rows of similar length are neighbours."""
@@ -170,13 +184,20 @@ class Step:
             blocks.extend(pool.blocks(changed, column))
 
     def _copy(self, source: LogicalPageId, target: LogicalPageId) -> None:
-        """The ranks of the pages' group copy `source` to `target` before the plan writes."""
-        plan, pool = self.plan, self._pool
-        plan.copy_group.append(pool.group(source))
-        for column, (sources, targets) in enumerate(zip(plan.copy_sources, plan.copy_targets, strict=True)):
-            sources.append(pool.block(source, column))
-            targets.append(pool.block(target, column))
+        """The ranks copy `source` to `target` before the plan writes."""
+        pool = self._pool
+        blocks = [(pool.block(source, column), pool.block(target, column)) for column in range(pool.num_columns)]
+        self._copies(pool.group(source), pool.group(target), blocks)
         self.fresh.append(target)
+
+    def _copies(self, source: int, target: int, blocks: ListOf[tuple[BlockId, BlockId]]) -> None:
+        """A page's block in each column is copied, from one group to another or the same."""
+        plan = self.plan
+        plan.copy_from.append(source)
+        plan.copy_to.append(target)
+        for sources, targets, (from_block, to_block) in zip(plan.copy_sources, plan.copy_targets, blocks, strict=True):
+            sources.append(from_block)
+            targets.append(to_block)
 
     def _score(self, row: Row, offset: int) -> None:
         sequence = row.sequence

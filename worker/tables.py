@@ -41,6 +41,21 @@ class Batch:
     masks: dict[int, Mask]
 
 
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """Whole pages that go from one group's pool to another's: int32 [M] each.
+
+    Attributes:
+        source, target: the groups.
+        from_block, to_block: in their pools.
+    """
+
+    source: Ints
+    target: Ints
+    from_block: Ints
+    to_block: Ints
+
+
 class TableMirror:
     """int32 [slots, blocks]: row `slot` is the block table of the sequence that runs there; stale behind its end.
 
@@ -65,12 +80,21 @@ class TableMirror:
         self.tables[slot, index] = block
 
     def copies(self, plan: Plan) -> tuple[Ints, Ints]:
-        """(source, target) blocks that this rank copies before the forward pass."""
+        """(source, target) blocks that this rank copies inside its pool before the forward pass."""
         source, target = ints(plan.copy_sources[self.column]), ints(plan.copy_targets[self.column])
         if self.group is None or not len(source):
             return source, target
-        here = ints(plan.copy_group) == self.group
+        here = (ints(plan.copy_from) == self.group) & (ints(plan.copy_to) == self.group)
         return source[here], target[here]
+
+    def moves(self, plan: Plan) -> Moves | None:
+        """What the ranks of all groups copy from one's pool to another's before the forward pass; None for nothing."""
+        source, target = ints(plan.copy_from), ints(plan.copy_to)
+        away = source != target
+        if self.group is None or not away.any():
+            return None
+        blocks = ints(plan.copy_sources[self.column]), ints(plan.copy_targets[self.column])
+        return Moves(source[away], target[away], *(each[away] for each in blocks))
 
     def digest(self) -> bytes:
         """SHA-256 of the whole table: equal on all ranks of one column and group that have applied the same plans."""

@@ -139,7 +139,8 @@ def test_scores_of_a_prompt_and_a_copied_page(tmp_path: Path) -> None:
         plan.table_slot, plan.table_index = array("i", [1] * 3), array("i", range(3))
         plan.table_group = array("i", [0] * 3)
         plan.table_blocks = [array("i", [*rig.tables.tables[0, :2].tolist(), target])]
-        plan.copy_group, plan.copy_targets = array("i", [0]), [array("i", [target])]
+        plan.copy_from = plan.copy_to = array("i", [0])
+        plan.copy_targets = [array("i", [target])]
         plan.copy_sources = [array("i", [int(rig.tables.tables[0, 2])])]
         plan.admits = [admit(1, [*prompt, 7])]
         plan.sample_row, plan.sample_slot = array("i", [0]), array("i", [1])

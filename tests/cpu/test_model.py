@@ -240,7 +240,8 @@ class TestRunner:
         plan.table_slot, plan.table_index = array("i", [1] * 7), array("i", range(7))
         plan.table_group = array("i", [0] * 7)
         plan.table_blocks = [array("i", [*table[:6].tolist(), rig.free.pop()])]
-        plan.copy_group, plan.copy_sources = array("i", (0,)), [array("i", (int(table[6]),))]
+        plan.copy_from = plan.copy_to = array("i", (0,))
+        plan.copy_sources = [array("i", (int(table[6]),))]
         plan.copy_targets = [plan.table_blocks[0][6:]]
         plan.admits = [admit(1, [*prompt, 9], logprobs=1)]
         plan.sample_row, plan.sample_slot = array("i", (0, 1)), array("i", (0, 1))

@@ -27,9 +27,9 @@ def two_groups() -> Plan:
     plan.table_slot, plan.table_index = array("i", (2, 2, 2, 0, 0)), array("i", (0, 1, 2, 0, 1))
     plan.table_group = array("i", (0, 1, 0, 1, 1))
     plan.table_blocks = [array("i", (7, 3, 8, 1, 4)), array("i", (17, 13, 18, 11, 14))]
-    plan.copy_group = array("i", (1, 0, 1))
-    plan.copy_sources = [array("i", (1, 2, 3)), array("i", (11, 12, 13))]
-    plan.copy_targets = [array("i", (4, 5, 6)), array("i", (14, 15, 16))]
+    plan.copy_from, plan.copy_to = array("i", (1, 0, 1, 1)), array("i", (1, 0, 1, 0))
+    plan.copy_sources = [array("i", (1, 2, 3, 9)), array("i", (11, 12, 13, 19))]
+    plan.copy_targets = [array("i", (4, 5, 6, 8)), array("i", (14, 15, 16, 18))]
     return plan
 
 
@@ -84,13 +84,25 @@ def test_copies_are_those_of_the_column_and_group() -> None:
         (0, 0): ([2], [5]),
         (0, 1): ([1, 3], [4, 6]),
         (1, 1): ([11, 13], [14, 16]),
-        (1, None): ([11, 12, 13], [14, 15, 16]),
     }
     for (column, group), copies in expected.items():
         source, target = TableMirror(3, 3, SIZE, column, group).copies(two_groups())
         assert (source.tolist(), target.tolist()) == copies
-    source, target = TableMirror(3, 3, SIZE).copies(Plan(PlanNumber(1)))
+    empty = Plan(PlanNumber(1))
+    source, target = TableMirror(3, 3, SIZE).copies(empty)
     assert len(source) == len(target) == 0
+    assert TableMirror(3, 3, SIZE, 0, 0).moves(empty) is None
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_every_group_hears_of_pages_that_go_from_one_to_another(group: int) -> None:
+    moves = TableMirror(3, 3, SIZE, 1, group).moves(two_groups())
+    assert moves is not None
+    found = (moves.source, moves.target, moves.from_block, moves.to_block)
+    assert [each.tolist() for each in found] == [[1], [0], [19], [18]]
+    two_stay = two_groups()
+    two_stay.copy_to = two_stay.copy_from
+    assert TableMirror(3, 3, SIZE, 1, group).moves(two_stay) is None
 
 
 def test_digests_are_equal_where_the_tables_are() -> None:
@@ -131,8 +143,9 @@ def test_every_token_and_page_of_a_plan_is_on_exactly_one_group(num_groups: int,
             tables = {s.slot: s.table for s in scheduler.running}
             for column, ranks in enumerate(mirrors):
                 taken = [rank.copies(plan) for rank in ranks]
-                assert sum(len(source) for source, _ in taken) == len(plan.copy_group)
-                copies += len(plan.copy_group)
+                moves = sum(a != b for a, b in zip(plan.copy_from, plan.copy_to, strict=True))
+                assert sum(len(source) for source, _ in taken) + moves == len(plan.copy_from)
+                copies += len(plan.copy_from)
                 for rank in ranks:
                     rank.apply(plan)
                 batches = [rank.batch(plan, (0, 9)) for rank in ranks]

@@ -450,7 +450,7 @@ class TableMachine(RuleBasedStateMachine):
 
     def append(self, text: Text, tokens: list[int]) -> None:
         table, missing, old = text.table, text.table.missing(len(tokens)), list(text.table)
-        if missing > self.pool.num_available or table.is_stuck():
+        if missing > self.pool.num_available:
             refused(OutOfBlocks, lambda: table.append(len(tokens), self.plan), table)
             return
         allocations = sum(allocator.num_allocations for allocator in self.pool.columns[0])

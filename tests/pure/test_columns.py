@@ -1,5 +1,6 @@
 """Laws of a pool of several columns and groups: a page lies in one group, the same in every column; copies stay in
-their group; a group's room is that of its smallest column; pages come to rest in order across groups."""
+their group while it has room; pages move; a group's room is that of its smallest column; pages come to rest in order
+across groups."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 
 from pagetable.allocator import BlockAllocator, BlockState
+from pagetable.balance import even_out
 from pagetable.block_table import BlockTable
-from pagetable.errors import InvariantBroken, OutOfBlocks
+from pagetable.errors import InvariantBroken, OutOfBlocks, WrongState
 from pagetable.ids import DeviceId, LogicalPageId, PlanNumber
 from pagetable.page import PagePool
 from pagetable.prefix_tree import NO_PAGE
@@ -20,7 +22,6 @@ from worker.config import ShardConfig
 from worker.events import Journal, page_load
 from worker.plan import StepResult
 from worker.scheduler import ShardScheduler
-from worker.sequence import State
 
 Page = LogicalPageId
 PLAN = PlanNumber(1)
@@ -134,44 +135,102 @@ def test_a_copy_lies_in_the_group_of_its_source() -> None:
     assert pool.groups(table.pages) == [0, 1] and pool.attended == [4, 4]
 
 
-def test_a_copy_without_room_in_its_group_is_refused_with_nothing_changed() -> None:
+def test_a_copy_without_room_in_its_group_goes_to_another() -> None:
     pool = pool_of((6, 6), (8, 6))
     table = table_of(pool, 7, size=4)
     child = table.fork(7)
-    fill(pool, 1)
-    assert (child.is_stuck(), child.missing(1), pool.num_available) == (True, 1, 5)
-    before = books(pool, table, child)
-    for count in (1, 5):
-        with pytest.raises(OutOfBlocks, match="group 1"):
-            child.append(count, PLAN)
-    assert books(pool, table, child) == before
-    child.trim(4)
-    assert not child.is_stuck()
-    child.append(4, PLAN)  # computed again, elsewhere
-    assert pool.groups(child.pages) == [0, 0]
-    assert not table.is_stuck(), "the other one is alone on the page now"
+    taken = fill(pool, 1)
+    found = child.append(1, PLAN)
+    assert found is not None and pool.groups(found) == [1, 0]
+    assert (child.held, table.held, pool.attended) == ([2, 0], [1, 1], [3, 6])
+    pool.check([list(table), list(child), *([page] for page in taken)])
 
 
 def test_a_copy_evicts_a_cached_page_of_its_group() -> None:
     pool = pool_of((6, 6))
-    alone, cached = table_of(pool, 4, size=4), table_of(pool, 12, size=4)
-    seal(alone, "a")
+    cached, table = table_of(pool, 4, size=4), table_of(pool, 7, size=4)
     seal(cached, "c")
-    table = table_of(pool, 3, size=4)
-    child = table.fork(3)
-    assert [pool.groups(t.pages) for t in (alone, cached, table)] == [[0], [1, 0, 1], [0]]
+    child = table.fork(7)
+    assert [pool.groups(t.pages) for t in (cached, table)] == [[0], [1, 0]]
     fill(pool, 0)
-    alone.free()
-    assert not child.is_stuck()
-    pool.flush()
-    fill(pool, 0)
-    assert child.is_stuck()
-    cached.trim(8)
-    assert (child.is_stuck(), len(pool.order)) == (True, 1), "a cached page of another group is of no use"
     cached.free()
-    assert not child.is_stuck() and child.append(1, PLAN) is not None
-    assert pool.groups(child.pages) == [0]
-    assert (pool.num_evictions, list(pool.order)) == (3, [1]), "leaves went before what they hang on"
+    found = child.append(1, PLAN)
+    assert found is not None and pool.groups(found) == [0, 0]
+    assert (pool.num_evictions, list(pool.order)) == (1, [])
+
+
+# Moves
+
+
+def test_a_moved_page_has_blocks_of_the_other_group_and_leaves_its_own_with_the_plan() -> None:
+    pool = pool_of((6, 6), (8, 6))
+    table = table_of(pool, 3)
+    seal(table, "s")
+    page = Page(table.pages[2])
+    assert pool.groups(table.pages) == [0, 1, 0] and table.entries(1) == [(12, 0), (13, 0), (12, 1)]
+    table.move(2, 1, PlanNumber(7))
+    assert table.entries(1) == [(12, 0), (13, 0), (13, 1)], "behind the table's last block there"
+    assert (table.held, pool.attended, pool.users(page)) == ([1, 2], [1, 2], 1)
+    assert pool.tree.match([b"s0", b"s1", b"s2"]) == list(table), "others find it where it is now"
+    assert (pool.free_in(0), pool.num_retiring, pool.num_used) == (4, 1, 4)
+    pool.publish(page)
+    pool.check([list(table)])
+    pool.retire(PlanNumber(7))
+    assert (pool.free_in(0), pool.free_in(1), pool.num_retiring) == (5, 4, 0)
+    pool.check([list(table)])
+    table.free()
+    assert len(pool.order) == 3 and pool.flush() == 3 and pool.num_free == 12
+    pool.check([])
+
+
+def test_only_a_page_that_is_there_and_has_one_user_is_moved() -> None:
+    pool = pool_of((6, 6))
+    table, fresh = table_of(pool, 2), BlockTable(pool, 1)
+    fresh.append(1, PLAN)
+    child, pinned = table.fork(1), table_of(pool, 1)
+    seal(pinned, "p")
+    pool.pin(Page(pinned.pages[0]))
+    before = books(pool, table, fresh, child, pinned)
+    for owner in (table, fresh, pinned):
+        page = Page(owner.pages[0])
+        assert not pool.may_move(page)
+        with pytest.raises(WrongState, match=f"page {page} cannot be moved"):
+            owner.move(0, 1 - pool.group(page), PLAN)
+    with pytest.raises(WrongState, match="from group 1 to group 1"):
+        table.move(1, 1, PLAN)
+    taken = fill(pool, 0)
+    before = books(pool, table, fresh, child, pinned)
+    with pytest.raises(OutOfBlocks, match="group 0"):
+        table.move(1, 0, PLAN)
+    assert books(pool, table, fresh, child, pinned) == before
+    pool.check([list(each) for each in (table, fresh, child, pinned)] + [[page] for page in taken])
+
+
+def test_a_move_evicts_a_cached_page_of_the_other_group() -> None:
+    pool = pool_of((6, 6))
+    cached, table = table_of(pool, 1), table_of(pool, 3)
+    seal(cached, "c")
+    assert pool.groups(table.pages) == [1, 0, 1]
+    taken = fill(pool, 0)
+    cached.free()
+    table.move(0, 0, PLAN)
+    assert (table.held, pool.num_evictions) == ([2, 1], 1)
+    pool.check([list(table), *([page] for page in taken)])
+
+
+def test_what_a_plan_attends_is_evened_out_of_the_least_even_tables() -> None:
+    pool = pool_of((40, 40, 40))
+    tables = [table_of(pool, 9) for _ in range(4)]
+    for table in tables[:3]:
+        table.move(2, 0, PLAN)
+    tables[3].move(1, 0, PLAN)
+    for page in (*(table.pages[2] for table in tables[:3]), tables[3].pages[1]):
+        pool.publish(Page(page))
+    assert [sum(column) for column in zip(*(t.held for t in tables), strict=True)] == [16, 11, 9]
+    moves = even_out(tables, PlanNumber(2))
+    assert [(move.source, move.target) for move in moves] == [(0, 2), (0, 2), (0, 1)]
+    assert len({move.row for move in moves}) == 3 and all(tables[move.row].held == [3, 3, 3] for move in moves)
+    assert even_out(tables, PlanNumber(2)) == [] and even_out([], PLAN) == []
 
 
 # Room and eviction
@@ -284,14 +343,18 @@ def test_a_plan_says_group_and_blocks_of_every_column() -> None:
     assert [list(blocks) for blocks in plan.table_blocks] == [[b for _, b in table.entries(c)] for c in range(3)]
     plan = shard.step()
     assert list(plan.table_group) == [0, 0, 1, 0]  # the first sample's copy; the second one's table
-    assert (list(plan.copy_group), [len(blocks) for blocks in plan.copy_sources]) == ([0], [1, 1, 1])
+    assert (list(plan.copy_from), list(plan.copy_to), [len(blocks) for blocks in plan.copy_sources]) == (
+        [0],
+        [0],
+        [1, 1, 1],
+    )
     first, second = (s.table for s in shard.scheduler.running)
     for column in range(3):
         ends = {first.entries(column)[2][1], second.entries(column)[2][1]}
         assert {plan.copy_sources[column][0], plan.copy_targets[column][0]} == ends
 
 
-def test_a_decode_whose_copy_has_no_room_in_its_group_computes_the_page_elsewhere() -> None:
+def test_a_decode_whose_copy_has_no_room_in_its_group_has_it_in_another() -> None:
     pool = pool_of((9, 9))
     shard = Shard(pool, max_num_seqs=4)
     shard.add("r", list(range(10)), n=3)
@@ -299,18 +362,12 @@ def test_a_decode_whose_copy_has_no_room_in_its_group_computes_the_page_elsewher
     running = shard.scheduler.running
     assert [pool.groups(s.table.pages) for s in running] == [[0, 1, 0]] * 3
     taken = fill(pool, 0)
-    assert pool.num_available == 8 and all(s.state is State.DECODE for s in running)
     plan = shard.scheduler.schedule()
-    assert plan is not None and plan.copy_sources == [array("i")]
-    counts = [b - a for a, b in zip(plan.query_start, plan.query_start[1:], strict=False)]
-    assert sorted(counts) == [1, 3, 3], "two compute tokens 8 to 10 again, the last one owns the page then"
-    assert len(plan.sample_row) == 3 and {pool.group(Page(s.table.pages[-1])) for s in running} == {0, 1}
+    assert plan is not None and (list(plan.copy_from), list(plan.copy_to)) == ([0, 0], [1, 1])
+    assert list(plan.query_start) == [0, 1, 2, 3], "no token is computed again"
     shard.scheduler.retire(StepResult(plan.number, array("i", [7, 7, 7])))
     for page in taken:
         pool.free(page)
-    while shard.scheduler.has_work:
-        shard.step()
-    assert pool.attended == [0, 0]
 
 
 @pytest.mark.parametrize("sizes", [(1, 9), (5, 5), (3, 3, 4)])

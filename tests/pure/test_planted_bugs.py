@@ -12,10 +12,10 @@ import pytest
 import worker.admission
 import worker.scheduler
 import worker.step
-from pagetable.allocator import NO_PLAN, BlockAllocator
+from pagetable.allocator import NO_PLAN, BlockAllocator, BlockState
 from pagetable.block_table import BlockTable
 from pagetable.eviction import LruOrder
-from pagetable.ids import LogicalPageId, PageRef, PlanNumber
+from pagetable.ids import LogicalPageId, PageRef, PlanNumber, block_of
 from pagetable.page import PagePool
 from pagetable.prefix_tree import NO_PAGE
 from tests.simulation import Simulation
@@ -210,11 +210,48 @@ def parent_lost_at_eviction(patch: Patch) -> None:
 
 
 @bug
-def copied_into_another_group(patch: Patch) -> None:
-    choose = PagePool._spread
+def copied_within_the_group_only(patch: Patch) -> None:
+    copies = Step._copies
+    patch.setattr(Step, "_copies", lambda self, source, target, blocks: copies(self, source, source, blocks))
+
+
+@bug
+def moved_and_not_copied(patch: Patch) -> None:
+    copies = Step._copies
+    patch.setattr(Step, "_copies", lambda self, *args: args[0] != args[1] or copies(self, *args))
+
+
+@bug
+def moved_and_not_sent(patch: Patch) -> None:
+    move = worker.step.even_out
+
+    def silent(tables: list[BlockTable], after: PlanNumber) -> list[object]:
+        move(tables, after)
+        return []
+
+    patch.setattr(worker.step, "even_out", silent)
+
+
+@bug
+def left_before_the_plan_retired(patch: Patch) -> None:
+    move = PagePool.move
     patch.setattr(
-        PagePool, "_spread", lambda self, count, behind, held, first_in: choose(self, count, behind, held, None)
+        PagePool, "move", lambda self, page, group, after, behind=(): move(self, page, group, NO_PLAN, behind)
     )
+
+
+@bug
+def moved_with_other_users(patch: Patch) -> None:
+    def may_move(self: PagePool, page: LogicalPageId) -> bool:
+        allocator, ref = next(self._blocks(page))
+        return allocator.state(block_of(ref)) is BlockState.LIVE
+
+    patch.setattr(PagePool, "may_move", may_move)
+
+
+@bug
+def moved_before_its_bytes_are_there(patch: Patch) -> None:
+    patch.setattr(PagePool, "may_move", lambda self, page: self.users(page) == 1)
 
 
 @bug
@@ -252,11 +289,6 @@ def copied_in_the_first_column_only(patch: Patch) -> None:
 
 
 @bug
-def a_full_group_is_not_seen(patch: Patch) -> None:
-    patch.setattr(BlockTable, "is_stuck", lambda self: False)
-
-
-@bug
 def at_rest_with_the_plan_before(patch: Patch) -> None:
     retire = PagePool.retire
     patch.setattr(PagePool, "retire", lambda self, plan: retire(self, PlanNumber(plan + 1)))
@@ -291,19 +323,6 @@ def sealed_with_a_token_that_is_not_known(patch: Patch) -> None:
             del sequence.tokens[-unknown:]
 
     patch.setattr(Step, "seal", early)
-
-
-@bug
-def computed_again_while_it_awaits_a_token(patch: Patch) -> None:
-    decode = ShardScheduler._plan_decode
-
-    def hasty(self: ShardScheduler, sequence: Sequence, step: Step) -> bool:
-        pending, sequence.pending = sequence.pending, 0
-        found = decode(self, sequence, step)
-        sequence.pending += pending
-        return found
-
-    patch.setattr(ShardScheduler, "_plan_decode", hasty)
 
 
 @bug
