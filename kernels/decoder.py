@@ -33,12 +33,19 @@ class _Matrix(ctypes.Structure):
     _fields_ = [("packed", _ADDRESS), ("bias", _ADDRESS), ("depth", _INT), ("columns", _INT)]
 
 
+class _Mlp(ctypes.Structure):
+    """`quire::Mlp` in csrc/step.h."""
+
+    _fields_ = [("norm", _ADDRESS), ("gate_up", _Matrix), ("down", _Matrix)]
+
+
 class _Layer(ctypes.Structure):
     """`quire::Layer` in csrc/step.h."""
 
     _fields_ = [
-        *((name, _ADDRESS) for name in ("input_norm", "mlp_norm", "q_norm", "k_norm")),
-        *((name, _Matrix) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, _ADDRESS) for name in ("input_norm", "q_norm", "k_norm")),
+        *((name, _Matrix) for name in ("qkv", "o")),
+        ("mlp", _Mlp),
         ("window", _INT),
     ]
 
@@ -48,6 +55,7 @@ class _Model(ctypes.Structure):
 
     _fields_ = [
         ("layers", ctypes.POINTER(_Layer)),
+        ("carried", _Mlp),
         ("norm", _ADDRESS),
         ("head", _Matrix),
         *((name, _ADDRESS) for name in ("embedding", "frequencies")),
@@ -64,7 +72,7 @@ class _Step(ctypes.Structure):
     _fields_ = [
         *((name, _ADDRESS) for name in ("tokens", "positions", "slots", "query_start", "first_position")),
         *((name, _ADDRESS) for name in ("page_start", "page_block", "page_position", "windows", "num_entries")),
-        *((name, _ADDRESS) for name in ("pool", "hidden")),
+        *((name, _ADDRESS) for name in ("pool", "hidden", "partial_in", "partial_out")),
         *((name, _INT) for name in ("layer_stride", "block_stride", "num_blocks", "block_size")),
         *((name, _INT) for name in ("num_tokens", "num_rows", "num_windows")),
         *((name, _INT) for name in ("is_deterministic", "is_int8")),
@@ -132,17 +140,24 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class MlpRows:
+    """Any units of one MLP. The norm's weights are float32 [hidden]."""
+
+    norm: torch.Tensor
+    gate_up: Rows
+    down: Rows
+
+
+@dataclass(frozen=True, slots=True)
 class LayerRows:
     """One decoder layer. Norm weights are float32."""
 
     input_norm: torch.Tensor
-    mlp_norm: torch.Tensor
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     qkv: Rows
     o: Rows
-    gate_up: Rows
-    down: Rows
+    mlp: MlpRows
     window: int
 
 
@@ -153,10 +168,11 @@ class DecoderShape:
     Attributes:
         q_heads: the rank's own; its columns of o are theirs.
         kv_heads: of its slice, as its pages have them.
-        intermediate: the rank's units of the MLP.
+        intermediate: the rank's units of the widest MLP.
         vocab: rows of the embedding.
         windows: the different sliding windows of the layers, 0 for none.
         attended_heads: query heads of the slice, q_heads times the groups that hold its pages; 0: the own ones.
+        is_cut: the next stage goes on with the last layer's MLP.
     """
 
     hidden: int
@@ -169,6 +185,7 @@ class DecoderShape:
     rotary_factor: float
     windows: tuple[int, ...]
     attended_heads: int = 0
+    is_cut: bool = False
 
     def __post_init__(self) -> None:
         if not self.attended_heads:
@@ -267,13 +284,19 @@ class NativeDecoder:
             self._library.quire_engine_free(self._engine)
             self._engine = None
 
+    def set_carried(self, mlp: MlpRows) -> None:
+        """Pack the units that the stage before left of its last layer's MLP; they come before the first layer."""
+        self._model.carried = _Mlp(self._pointer(mlp.norm), *self._pack((mlp.gate_up, mlp.down)))
+
     def add_layer(self, layer: LayerRows) -> None:
         """Pack a layer; its plain weights are not needed afterwards."""
-        packed = self._pack((layer.qkv, layer.o, layer.gate_up, layer.down))
+        qkv, o, gate_up, down = self._pack((layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down))
         self._layers.append(
             _Layer(
-                *(self._pointer(each) for each in (layer.input_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)),
-                *packed,
+                *(self._pointer(each) for each in (layer.input_norm, layer.q_norm, layer.k_norm)),
+                qkv,
+                o,
+                _Mlp(self._pointer(layer.mlp.norm), gate_up, down),
                 self._shape.windows.index(layer.window),
             )
         )
@@ -306,28 +329,33 @@ class NativeDecoder:
             pool: as in `kernels.ops`; this step's K and V are written, in every layer before any row attends.
             pages, masks: by window, all of the shape's windows; all pages lie in `pool`, of a split slice the own
                 group's only.
-            hidden: float32 [T, hidden], contiguous, from the stage before; it is changed, and `tokens` are not read.
+            hidden: what the stage before returned, contiguous; it may be changed, and `tokens` are not read.
             tensor: the ranks among which heads, MLP units and so all sums are split; None: all is here. All of a group
                 give the same rows of the same tokens, and get the same bits.
             slice: the ranks that hold the pages of these kv heads, shape.num_groups of them in the order of their
                 heads; None: all pages are here.
 
         Returns:
-            float32 [T, hidden], the residual stream behind the last layer.
+            float32 [T, hidden], the residual stream behind the last layer. Where that layer's MLP is cut, [2, T,
+            hidden]: the stream before the MLP, and what the units so far add to it.
 
         Raises:
             ValueError: an id that may not be, or more tokens than a group's regions hold; MemoryError. Nothing was
                 written or exchanged then.
             PeersBroken: an exchange failed; this step's K and V may be there or not.
         """
+        is_carried = self._model.carried.norm is not None
         if hidden is None:
             if self._model.embedding is None:
                 raise ValueError("hidden: got none, must be given where there is no embedding (a later stage)")
-            hidden = torch.empty((len(tokens), self._shape.hidden), dtype=torch.float32)
+            hidden = torch.empty(self._rows(len(tokens), self._shape.is_cut), dtype=torch.float32)
             ids: int | None = tokens.data_ptr()
         else:
-            _check_hidden(hidden, len(tokens), self._shape.hidden)
+            _check_hidden(hidden, self._rows(len(tokens), is_carried))
             ids = None
+            if self._shape.is_cut and not is_carried:
+                hidden = torch.stack((hidden, hidden))  # room for what the last MLP adds
+        stream, partial = (hidden, None) if hidden.dim() == 2 else (hidden[0], hidden[1].data_ptr())
         if (1 if slice is None else slice.size) != self._shape.num_groups:
             got = "none" if slice is None else f"{slice.size} ranks"
             raise ValueError(f"slice: got {got}, must be the {self._shape.num_groups} groups of the shape")
@@ -346,7 +374,9 @@ class NativeDecoder:
             masks[self._shape.windows[0]].first_position.data_ptr(),
             *(ctypes.addressof(each) for each in (starts, blocks, positions_of, windows, entries)),
             pool.data_ptr(),
-            hidden.data_ptr(),
+            stream.data_ptr(),
+            partial if is_carried else None,
+            partial if self._shape.is_cut else None,
             pool.stride(0) * size,
             pool.stride(1) * size,
             pool.shape[1],
@@ -363,7 +393,7 @@ class NativeDecoder:
         if code == _BROKEN:
             raise next(each.broken() for each in (tensor, slice) if each is not None and each.is_broken)
         cpu.raise_for(code, message)
-        return hidden
+        return hidden if self._shape.is_cut else stream
 
     def head(self, hidden: torch.Tensor, rows: npt.NDArray[np.int64], *, logits: bool) -> Head:
         """Norm and head over some rows of what `forward` returned; all their logits too where asked for.
@@ -387,6 +417,11 @@ class NativeDecoder:
     def choose(self, rows: torch.Tensor, choices: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
         """`choose` on this decoder's threads."""
         return _choose(self._library, self._engine, self._model.level, rows, choices)
+
+    def _rows(self, tokens: int, is_cut: bool) -> tuple[int, ...]:
+        """The shape of what one stage hands to the next."""
+        rows = (tokens, self._shape.hidden)
+        return (2, *rows) if is_cut else rows
 
     def _pointer(self, tensor: torch.Tensor | None) -> int | None:
         if tensor is None:
@@ -461,11 +496,11 @@ def _choose(
     return tokens
 
 
-def _check_hidden(hidden: torch.Tensor, tokens: int, columns: int) -> None:
-    if hidden.shape != (tokens, columns) or hidden.dtype != torch.float32 or not hidden.is_contiguous():
+def _check_hidden(hidden: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if hidden.shape != shape or hidden.dtype != torch.float32 or not hidden.is_contiguous():
         raise ValueError(
             f"hidden: got {hidden.dtype} {tuple(hidden.shape)} of strides {hidden.stride()}, must be float32 "
-            f"({tokens}, {columns}), contiguous"
+            f"{shape}, contiguous"
         )
 
 

@@ -16,7 +16,7 @@ import torch
 
 from kernels import cpu, ops
 from kernels.cpu import Native
-from kernels.decoder import DecoderShape, LayerRows, NativeDecoder, Rows, huge_memory
+from kernels.decoder import DecoderShape, LayerRows, MlpRows, NativeDecoder, Rows, huge_memory
 from kernels.ops import Mask, PageList
 from kernels.peers import SharedPeers
 from launch.llm import LLM
@@ -189,8 +189,8 @@ class _Toy:
         qkv, o = _rows(q + 2 * shape.kv_heads * dim, hidden), _rows(hidden, q)
         gate, down = _numbers(shape.intermediate, hidden), _rows(hidden, shape.intermediate)
         for _ in range(layers):
-            gate_up = Rows.paired(gate, gate, None, None)
-            self.decoder.add_layer(LayerRows(norm, norm, None, None, qkv, o, gate_up, down, 0))
+            mlp = MlpRows(norm, Rows.paired(gate, gate, None, None), down)
+            self.decoder.add_layer(LayerRows(norm, None, None, qkv, o, mlp, 0))
         if head:
             self.decoder.set_head(_rows(head, hidden))
         size = layers * max_rows * 2 * shape.kv_heads * _BLOCK * dim

@@ -191,15 +191,18 @@ class Question:
         for stage in range(ways.pipeline):
             ranks = parts[stage * ways.tensor : (stage + 1) * ways.tensor]
             largest = max(ranks, key=lambda part: part.weight_bytes(model, item))
+            mlp = max(len(part.mlp) for part in ranks)
             stages.append(
                 Stage(
                     windows=tuple(model.windows[layer] for layer in largest.layers),
                     heads=len(largest.heads),
                     attended=len(largest.attended),
                     kv_heads=len(largest.kv_heads),
-                    mlp=max(len(part.mlp) for part in ranks),
+                    mlp=mlp,
                     head_rows=max(len(part.vocab) for part in ranks) if largest.is_last else 0,
                     weight_bytes=largest.weight_bytes(model, item),
+                    left_mlp=mlp - max(len(part.last_mlp) for part in ranks),
+                    carried_mlp=max(len(part.carried_mlp) for part in ranks),
                 )
             )
         numbers = Model(model.hidden_size, model.head_dim, item, self.kv_row_bytes)

@@ -1,6 +1,7 @@
 """What a step costs: a model of time and memory for one shard's layout on one kind of device. Plain arithmetic.
 
-    stage    = layers * (products + elements + attention + collectives + launch) + head, for one micro-batch
+    stage    = layers * (products + elements + attention + collectives + launch) + head, for one micro-batch; it may end
+               inside an MLP, whose other rows the next stage does
     cycle    = max(M * slowest stage, all stages and hand-overs), M = min(P, rows) micro-batches: a token for each row
     product  = as measured for so many rows, with the weights read as quickly as devices beside it leave
     attention = (reading^4 + multiplying^4)^(1/4) of keys and values: the slower, and more where the two are near
@@ -47,8 +48,11 @@ class Stage:
 
     Attributes:
         windows: of its layers; 0 is full attention.
+        mlp: rows of a whole layer's MLP.
         weight_bytes: of its weights as they lie in memory.
         head_rows: of the vocabulary; 0 where the stage is not the last.
+        left_mlp: of the rows of its last layer's MLP, those left to the next stage.
+        carried_mlp: rows that the stage before left to it.
     """
 
     windows: tuple[int, ...]
@@ -58,6 +62,18 @@ class Stage:
     mlp: int
     head_rows: int
     weight_bytes: int
+    left_mlp: int = 0
+    carried_mlp: int = 0
+
+    @property
+    def mlp_rows(self) -> int:
+        """Of all MLPs."""
+        return len(self.windows) * self.mlp - self.left_mlp + self.carried_mlp
+
+    @property
+    def num_halves(self) -> int:
+        """Attentions and MLPs, whole or in part: each begins with a norm and ends with a sum."""
+        return 2 * len(self.windows) + (self.carried_mlp > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +176,8 @@ class Cost:
         times = [self.decode(stage, rows, load) for stage in self.stages]
         times[0] = self._led(times[0], rows)
         slowest = max(times, key=lambda each: each.total)
-        through = sum(each.total for each in times) + (self.ways.pipeline - 1) * self._hand_over(rows)
+        hand_overs = sum(self._hand_over(stage, rows) for stage in self.stages[:-1])
+        through = sum(each.total for each in times) + hand_overs
         step = max(count * slowest.total, through)
         return Prediction(
             ways=self.ways,
@@ -199,12 +216,12 @@ class Cost:
             size = min(most, load.context - start)
             is_last = start + size == load.context
             times = [self._chunk(stage, start, size, together, is_last) for stage in kinds]
-            hand_over, before = self._hand_over(size * together), 0.0
+            hand_overs, before = [self._hand_over(stage, size * together) for stage in kinds], 0.0
             for index, kind in enumerate(kind_of):
                 seconds = (self._led(times[kind], together) if index == 0 else times[kind]).total
                 busy[index] += seconds
                 ends[index] = max(before, ends[index]) + seconds
-                before = ends[index] + hand_over
+                before = ends[index] + hand_overs[kind]
         return ends[-1] + (sequences / together - 1) * max(busy)
 
     def chunk(self, load: Workload, sequences: int) -> int:
@@ -253,13 +270,13 @@ class Cost:
         """The layers over `tokens` tokens; head and overhead are still missing."""
         layers, hidden, dim = len(stage.windows), self.model.hidden, self.model.head_dim
         qkv = (stage.heads + 2 * stage.kv_heads) * dim
-        weights = hidden * (qkv + stage.heads * dim + 3 * stage.mlp)
-        numbers = tokens * (4 * hidden + qkv + stage.attended * dim + stage.mlp)
+        weights = hidden * (layers * (qkv + stage.heads * dim) + 3 * stage.mlp_rows)
+        numbers = 2 * stage.num_halves * hidden + layers * (qkv + stage.attended * dim) + stage.mlp_rows
         return Times(
-            products=layers * self.product_s(tokens, weights),
-            elements=layers * numbers / self.hardware.elements_per_s,
+            products=self.product_s(tokens, weights),
+            elements=tokens * numbers / self.hardware.elements_per_s,
             attention=attention,
-            collectives=layers * self._layer_collectives(stage, tokens),
+            collectives=self._collectives(stage, tokens),
         )
 
     def _chunk(self, stage: Stage, start: int, size: int, prompts: int, is_last: bool) -> Times:
@@ -302,7 +319,7 @@ class Cost:
 
     def _launch(self, stage: Stage) -> float:
         barriers = _BARRIERS * self.hardware.barrier_s if self.hardware.threads > 1 else 0.0
-        return len(stage.windows) * (self.hardware.layer_s + barriers)
+        return stage.num_halves / 2 * (self.hardware.layer_s + barriers)
 
     def _led(self, times: Times, rows: int) -> Times:
         """With the leader's planning, and its plan on the way to the other ranks."""
@@ -310,16 +327,17 @@ class Cost:
         planning = self.hardware.step_s + rows * self.hardware.row_s + others * self.hardware.plan_s
         return dataclasses.replace(times, overhead=times.overhead + planning)
 
-    def _layer_collectives(self, stage: Stage, tokens: int) -> float:
-        """Two sums over T ranks; queries and partial attention over the G ranks of a slice."""
+    def _collectives(self, stage: Stage, tokens: int) -> float:
+        """Two sums a layer over T ranks; queries and partial attention over the G ranks of a slice."""
         if self.ways.tensor == 1:
             return 0.0
-        seconds = 2 * self._collective(self.ways.tensor, tokens * self.model.hidden * self.hardware.activation_bytes)
+        num_bytes = tokens * self.model.hidden * self.hardware.activation_bytes
+        seconds = stage.num_halves * self._collective(self.ways.tensor, num_bytes)
         if self.ways.page > 1:
-            row = self.model.head_dim
-            seconds += self._gather(self.ways.page, tokens * stage.heads * row * self.model.item_bytes)
+            layers, row = len(stage.windows), self.model.head_dim
+            seconds += layers * self._gather(self.ways.page, tokens * stage.heads * row * self.model.item_bytes)
             # each rank needs its own heads of all partials
-            seconds += self._gather(self.ways.page, tokens * stage.heads * (row + 1) * _FLOAT)
+            seconds += layers * self._gather(self.ways.page, tokens * stage.heads * (row + 1) * _FLOAT)
         return seconds
 
     def _collective(self, ranks: int, num_bytes: float) -> float:
@@ -333,12 +351,13 @@ class Cost:
         turns = ranks if self.hardware.collective == "exchange" else ranks - 1
         return latency + turns * num_bytes / rate
 
-    def _hand_over(self, tokens: int) -> float:
-        """Of hidden rows to the next stage; nothing where there is none."""
+    def _hand_over(self, stage: Stage, tokens: int) -> float:
+        """Of hidden rows to the next stage, and of as many partial sums of a cut MLP; nothing where there is none."""
         if self.ways.pipeline == 1:
             return 0.0
         latency, rate = self._link(self.ways.pipeline * self.ways.tensor)
-        return latency + tokens * self.model.hidden * self.hardware.activation_bytes / rate
+        rows = tokens * (2 if stage.left_mlp else 1)
+        return latency + rows * self.model.hidden * self.hardware.activation_bytes / rate
 
     def _link(self, ranks: int) -> tuple[float, float]:
         """(seconds, bytes/s) between so many ranks that follow one another."""
@@ -351,7 +370,8 @@ class Cost:
         """What a step of `chunk` tokens holds, logits of all rows, and the regions that peers read."""
         sequences, dim = -(-load.batch // self.ways.data), self.model.head_dim
         own = (stage.heads + 2 * stage.kv_heads) * dim
-        numbers = 3 * self.model.hidden + own + 2 * stage.attended * dim + stage.mlp
+        streams = 4 if stage.left_mlp or stage.carried_mlp else 3
+        numbers = streams * self.model.hidden + own + 2 * stage.attended * dim + stage.mlp
         regions = 2 * self.model.hidden * (self.ways.tensor > 1) + 2 * stage.attended * (dim + 1) * (self.ways.page > 1)
         return _FLOAT * (load.chunk * (numbers + regions) + sequences * stage.head_rows)
 

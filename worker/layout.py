@@ -1,5 +1,8 @@
 """How a shard's ranks divide a model: tensor ranks by heads and rows, stages by layers, groups by pages.
 
+A stage may end inside the MLP of its last layer, whose rows add up: the next stage does the others, before its own
+layers. The attention of a layer, and with it its pages, lies in one stage.
+
 Rank = stage * T + t, and t = slice * G + group. Query heads are dealt slice-major, so the G ranks of a slice together
 own the query heads of its key-value heads and hold equal copies of its K and V weights; pages lie in one group each:
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from pagetable.errors import ConfigError
 from worker.model_config import ModelConfig
@@ -23,7 +27,10 @@ from worker.split import split_evenly
 MAX_SIZE = 4096  # of each way: no model has more heads or layers
 MLP_UNIT = 16  # kHalfPanel in csrc/step.h: rows of gate and up, columns of down
 PANEL = 32  # kPanel in csrc/step.h: rows of a packed matrix
+_MLP_PIECES = 16  # of a layer's MLP, at most: between them a stage may end
+_GAIN = 0.01  # of the largest stage's cost: what ends inside MLPs must win, since they double what is handed on
 _WORD_BYTES = 4  # of packed weights: a float, or two bfloat16
+_MLP, _MLP_NORM = ("gate_proj", "up_proj", "down_proj"), "post_attention_layernorm"
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
@@ -33,6 +40,21 @@ class Slice:
 
     rows: range | None = None
     columns: range | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What of the layers a stage computes.
+
+    Attributes:
+        layers: those whose attention and pages it has.
+        last_mlp: rows of its last layer's MLP: from the first, all of them or as many as it does.
+        carried_mlp: rows of the MLP of the layer before `layers`: those that the stage before left, if any.
+    """
+
+    layers: range
+    last_mlp: range
+    carried_mlp: range
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,31 +119,58 @@ class Layout:
         return tuple(
             Part(
                 layout=self,
-                rank=stage * self.tensor + t,
-                layers=layers,
-                heads=_share(model.num_heads, self.tensor, t),
-                attended=_share(model.num_heads, self.num_slices, t // self.page),
+                rank=number * self.tensor + t,
+                layers=stage.layers,
+                heads=_share(range(model.num_heads), self.tensor, t),
+                attended=_share(range(model.num_heads), self.num_slices, t // self.page),
                 kv_heads=self._kv_heads(model.num_kv_heads, t // self.page),
-                mlp=_share(model.intermediate_size, self.tensor, t, MLP_UNIT),
-                vocab=_share(model.vocab_size, self.tensor, t, vocab_unit),
+                mlp=_share(range(model.intermediate_size), self.tensor, t, MLP_UNIT),
+                last_mlp=_share(stage.last_mlp, self.tensor, t, MLP_UNIT),
+                carried_mlp=_share(stage.carried_mlp, self.tensor, t, MLP_UNIT),
+                vocab=_share(range(model.vocab_size), self.tensor, t, vocab_unit),
             )
-            for stage, layers in enumerate(stages)
+            for number, stage in enumerate(stages)
             for t in range(self.tensor)
         )
 
-    def stages(self, model: ModelConfig) -> tuple[range, ...]:
-        """The layers of each stage: the split by weights whose largest stage has the fewest.
+    def stages(self, model: ModelConfig) -> tuple[Stage, ...]:
+        """The parts of the layers: the split by weights whose largest stage has the fewest.
 
         Half of the head's count with the last layer: a decode reads all of them, a chunk of a prompt next to none. The
-        embedding's do not: a step looks up a few rows.
+        embedding's do not: a step looks up a few rows. Stages end between layers, or inside MLPs where that makes the
+        largest one smaller by `_GAIN`.
         """
         self.check(model)
-        costs = [0] * model.num_layers
-        for name, shape in model.tensor_shapes().items():
-            if (layer := _layer_of(name)) is not None:
-                costs[layer] += math.prod(shape)
-        costs[-1] += model.vocab_size * model.hidden_size // 2
-        return split_evenly(costs, self.pipeline)
+        edges = self._mlp_edges(model.intermediate_size)
+        pieces = _piece_costs(model, edges)
+        count = len(edges)  # pieces of a layer
+        layers = [sum(pieces[at : at + count]) for at in range(0, len(pieces), count)]
+        whole = tuple(range(run.start * count, run.stop * count) for run in split_evenly(layers, self.pipeline))
+        cut = split_evenly(pieces, self.pipeline)
+
+        def largest(runs: Sequence[range]) -> int:
+            return max(sum(pieces[run.start : run.stop]) for run in runs)
+
+        def stage(run: range) -> Stage:
+            (first, begin), (end, rest) = divmod(run.start, count), divmod(run.stop, count)
+            size = model.intermediate_size
+            return Stage(
+                layers=range(first + (begin > 0), end + (rest > 0)),
+                last_mlp=range(edges[rest] if rest else size),
+                carried_mlp=range(edges[begin], size) if begin else range(0),
+            )
+
+        if largest(cut) <= (1 - _GAIN) * largest(whole):
+            found = tuple(map(stage, cut))
+            if all(each.layers for each in found):
+                return found
+        return tuple(map(stage, whole))
+
+    def _mlp_edges(self, rows: int) -> range:
+        """Where the pieces of an MLP begin: each tensor rank gets units before and behind each but the first."""
+        unit = MLP_UNIT * self.tensor
+        piece = unit * -(-rows // (unit * _MLP_PIECES))
+        return range(0, max(rows - MLP_UNIT * (self.tensor - 1), 1), piece)
 
     def device_id(self, stage: int, group: int, first: int = 0) -> int:
         """Of the pool that the ranks of one stage and group hold together; a shard's device ids begin at `first`."""
@@ -129,7 +178,7 @@ class Layout:
 
     def _kv_heads(self, num_kv_heads: int, part: int) -> range:
         if num_kv_heads % self.num_slices == 0:
-            return _share(num_kv_heads, self.num_slices, part)
+            return _share(range(num_kv_heads), self.num_slices, part)
         head = part * num_kv_heads // self.num_slices  # fewer heads than slices: several hold the same one
         return range(head, head + 1)
 
@@ -180,7 +229,9 @@ class Part:
         heads: query heads whose projections it owns.
         attended: query heads of its slice: those of `slice_peers` in their order.
         kv_heads: of its slice; every rank of `slice_peers` has the same.
-        mlp: rows of gate and up, columns of down.
+        mlp: rows of gate and up, columns of down, of a layer whose MLP is in one stage.
+        last_mlp: the same of its last layer's MLP: fewer than `mlp` where its stage ends inside that one.
+        carried_mlp: the same of the MLP that the stage before left unfinished; empty where it left none.
         vocab: rows of the head; of use on the last stage.
     """
 
@@ -191,6 +242,8 @@ class Part:
     attended: range
     kv_heads: range
     mlp: range
+    last_mlp: range
+    carried_mlp: range
     vocab: range
 
     @property
@@ -220,6 +273,16 @@ class Part:
         return self.stage == self.layout.pipeline - 1
 
     @property
+    def is_cut(self) -> bool:
+        """Whether the next stage goes on with its last layer's MLP: a rank then has one unit less, or several."""
+        return self.last_mlp != self.mlp
+
+    @property
+    def is_carrying(self) -> bool:
+        """Whether it goes on with the MLP of the layer before its first."""
+        return len(self.carried_mlp) > 0
+
+    @property
     def tensor_peers(self) -> range:
         """The ranks of its stage, which add up partial sums."""
         first = self.stage * self.layout.tensor
@@ -238,7 +301,8 @@ class Part:
     def tensors(self, model: ModelConfig) -> dict[str, Slice]:
         """Every tensor that the rank reads, in the order of the computation, and what of it.
 
-        The biases of o and down are read by tensor rank 0 alone, which adds them to its part of the sum.
+        The biases of o and down are read by tensor rank 0 alone, which adds them to its part of the sum; that of a cut
+        MLP's down in the first of its two stages.
         """
         found = {}
         for name in model.tensor_shapes():
@@ -262,16 +326,22 @@ class Part:
         hidden, own_q = model.hidden_size, len(self.heads) * model.head_dim
         qkv = own_q + 2 * len(self.kv_heads) * model.head_dim
         adds_biases = self.tensor_rank == 0
-        layer = (
+        attention = (
             matrix(qkv, hidden, model.qkv_bias)
             + matrix(hidden, own_q, model.o_bias and adds_biases)
-            + matrix(2 * -(-len(self.mlp) // MLP_UNIT) * MLP_UNIT, hidden, model.mlp_bias)
-            + matrix(hidden, len(self.mlp), model.mlp_bias and adds_biases)
-            + (2 * hidden + 2 * model.head_dim * model.qk_norm) * 4
+            + (hidden + 2 * model.head_dim * model.qk_norm) * 4
         )
+
+        def mlp(rows: range, adds_bias: bool = adds_biases) -> int:
+            gate_up = matrix(2 * -(-len(rows) // MLP_UNIT) * MLP_UNIT, hidden, model.mlp_bias)
+            return gate_up + matrix(hidden, len(rows), model.mlp_bias and adds_bias) + hidden * 4
+
+        mlps = (len(self.layers) - 1) * mlp(self.mlp) + mlp(self.last_mlp)
+        if self.is_carrying:
+            mlps += mlp(self.carried_mlp, adds_bias=False)
         embedding = model.vocab_size * hidden * item_bytes if self.is_first else 0
         head = matrix(len(self.vocab), hidden) + hidden * 4 if self.is_last else 0
-        return len(self.layers) * layer + embedding + head
+        return len(self.layers) * attention + mlps + embedding + head
 
     def block_bytes(self, block_size: int, row_bytes: int) -> int:
         """Of one block of its pool: K and V of its layers and key-value heads.
@@ -296,23 +366,45 @@ class Part:
 
     def _layer_cut(self, name: str, head_dim: int, layer: int) -> Slice | None:
         """The same for a layer's tensor."""
-        if layer not in self.layers:
-            return None
         linear, kind = name.split(".")[-2:]
+        is_carried = self.is_carrying and layer == self.layers.start - 1
+        if layer not in self.layers and not (is_carried and linear in (*_MLP, _MLP_NORM)):
+            return None
         q, kv = (range(heads.start * head_dim, heads.stop * head_dim) for heads in (self.heads, self.kv_heads))
-        rows = {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": self.mlp, "up_proj": self.mlp}
-        columns = {"o_proj": q, "down_proj": self.mlp}
+        mlp = self.carried_mlp if is_carried else self.last_mlp if layer == self.layers[-1] else self.mlp
+        rows = {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": mlp, "up_proj": mlp}
+        columns = {"o_proj": q, "down_proj": mlp}
         if linear not in columns:
             return Slice(rows.get(linear))  # norms are whole
         if kind == "weight":
             return Slice(None, columns[linear])
-        return Slice() if self.tensor_rank == 0 else None
+        return Slice() if self.tensor_rank == 0 and not is_carried else None
 
 
-def _share(total: int, parts: int, part: int, unit: int = 1) -> range:
-    """One of `parts` runs of `total`, cut at multiples of `unit`; they differ by one unit at most."""
-    units = -(-total // unit)
-    return range(*(min(total, units * edge // parts * unit) for edge in (part, part + 1)))
+def _piece_costs(model: ModelConfig, edges: range) -> list[int]:
+    """Weights of the layers' pieces, which begin at these rows of each MLP; all else of a layer is in its first."""
+    size = model.intermediate_size
+    widths = [end - begin for begin, end in pairwise((*edges, size))]
+    costs = [0] * (model.num_layers * len(widths))
+    for name, shape in model.tensor_shapes().items():
+        if (layer := _layer_of(name)) is None:
+            continue
+        first, cost = layer * len(widths), math.prod(shape)
+        linear, kind = name.split(".")[-2:]
+        if linear in _MLP and (linear, kind) != ("down_proj", "bias"):
+            for piece, width in enumerate(widths):
+                costs[first + piece] += cost // size * width
+        else:
+            costs[first] += cost
+    costs[-1] += model.vocab_size * model.hidden_size // 2
+    return costs
+
+
+def _share(total: range, parts: int, part: int, unit: int = 1) -> range:
+    """One of `parts` runs of `total`, cut at multiples of `unit` from its start; they differ by one unit at most."""
+    units = -(-len(total) // unit)
+    begin, end = (min(len(total), units * edge // parts * unit) for edge in (part, part + 1))
+    return range(total.start + begin, total.start + end)
 
 
 def _layer_of(name: str) -> int | None:

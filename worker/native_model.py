@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from kernels.cpu import Native
-from kernels.decoder import CHOICE, DecoderShape, Head, LayerRows, NativeDecoder, Rows
+from kernels.decoder import CHOICE, DecoderShape, Head, LayerRows, MlpRows, NativeDecoder, Rows
 from kernels.peers import Peers
 from worker.draw import Shape
 from worker.kv_cache import PagedKVCache
@@ -66,13 +66,17 @@ class NativeModel:
             rotary_factor=config.rope.attention_factor,
             windows=self.windows,
             attended_heads=len(part.attended),
+            is_cut=part.is_cut,
         )
         norm = reader.take("model.norm.weight").to(torch.float32) if part.is_last else None
         self._decoder = NativeDecoder(
             shape, dtype, embedding, norm, frequencies, backend, threads, deterministic=deterministic
         )
+        if part.is_carrying:
+            self._decoder.set_carried(_LayerReader(config, reader, part.layers.start - 1).mlp())
+            weights.release()
         for layer in part.layers:
-            self._decoder.add_layer(_layer(config, reader, layer))
+            self._decoder.add_layer(_LayerReader(config, reader, layer).rows())
             weights.release()
         if part.is_last:
             self._decoder.set_head(Rows.beside((_head(config, part, reader, embedding),), (None,)))
@@ -123,30 +127,40 @@ def _head(config: ModelConfig, part: Part, reader: TensorReader, embedding: torc
     return embedding[part.vocab.start : part.vocab.stop]
 
 
-def _layer(config: ModelConfig, reader: TensorReader, layer: int) -> LayerRows:
-    prefix = f"model.layers.{layer}."
+class _LayerReader:
+    """What a rank has of one layer, read once."""
 
-    def weight(name: str) -> torch.Tensor:
-        return reader.take(f"{prefix}{name}.weight")
+    def __init__(self, config: ModelConfig, reader: TensorReader, layer: int) -> None:
+        self._config, self._reader, self._layer = config, reader, layer
 
-    def bias(name: str) -> torch.Tensor | None:
-        return reader.take_if_any(f"{prefix}{name}.bias")
+    def rows(self) -> LayerRows:
+        config = self._config
+        return LayerRows(
+            input_norm=self._norm("input_layernorm"),
+            q_norm=self._norm("self_attn.q_norm") if config.qk_norm else None,
+            k_norm=self._norm("self_attn.k_norm") if config.qk_norm else None,
+            qkv=self._beside("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            o=self._beside("self_attn.o_proj"),
+            mlp=self.mlp(),
+            window=config.windows[self._layer],
+        )
 
-    def norm(name: str) -> torch.Tensor:
-        return weight(name).to(torch.float32)
+    def mlp(self) -> MlpRows:
+        gate, up = "mlp.gate_proj", "mlp.up_proj"
+        return MlpRows(
+            norm=self._norm("post_attention_layernorm"),
+            gate_up=Rows.paired(self._weight(gate), self._weight(up), self._bias(gate), self._bias(up)),
+            down=self._beside("mlp.down_proj"),
+        )
 
-    def beside(*names: str) -> Rows:
-        return Rows.beside([weight(name) for name in names], [bias(name) for name in names])
+    def _weight(self, name: str) -> torch.Tensor:
+        return self._reader.take(f"model.layers.{self._layer}.{name}.weight")
 
-    gate, up = "mlp.gate_proj", "mlp.up_proj"
-    return LayerRows(
-        input_norm=norm("input_layernorm"),
-        mlp_norm=norm("post_attention_layernorm"),
-        q_norm=norm("self_attn.q_norm") if config.qk_norm else None,
-        k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
-        qkv=beside("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        o=beside("self_attn.o_proj"),
-        gate_up=Rows.paired(weight(gate), weight(up), bias(gate), bias(up)),
-        down=beside("mlp.down_proj"),
-        window=config.windows[layer],
-    )
+    def _bias(self, name: str) -> torch.Tensor | None:
+        return self._reader.take_if_any(f"model.layers.{self._layer}.{name}.bias")
+
+    def _norm(self, name: str) -> torch.Tensor:
+        return self._weight(name).to(torch.float32)
+
+    def _beside(self, *names: str) -> Rows:
+        return Rows.beside([self._weight(name) for name in names], [self._bias(name) for name in names])

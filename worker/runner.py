@@ -106,8 +106,8 @@ class Runner:
 
     def _forward(self, plan: Plan, batch: Batch) -> torch.Tensor:
         """The stage's layers; its hidden rows go to the next stage where there is one."""
-        group = self.group
-        if group is None or not isinstance(self.model, NativeModel):
+        group, part = self.group, self.part
+        if group is None or part is None or not isinstance(self.model, NativeModel):
             return self.model.forward(batch, self.cache)
         hidden = None
         if group.previous is not None:
@@ -115,7 +115,8 @@ class Runner:
             if tag != plan.number:
                 group.abort()
                 raise PeersBroken(f"hidden rows of plan {tag} came for plan {plan.number}")
-            hidden = message.view(torch.float32).view(plan.num_tokens, -1)
+            rows = (plan.num_tokens, -1)
+            hidden = message.view(torch.float32).view((2, *rows) if part.is_carrying else rows)
         hidden = self.model.forward(batch, self.cache, hidden, group.tensor, group.slice)
         if group.next is not None:
             count = hidden.numel() * 4

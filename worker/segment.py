@@ -22,7 +22,7 @@ class Sizes:
 
     Attributes:
         tensor, slice: of one rank's region in the groups of a stage and of a slice.
-        ring: one batch's hidden rows.
+        ring: what a stage hands on of one batch: hidden rows, and as many of the sums of an MLP that is cut.
     """
 
     tensor: int

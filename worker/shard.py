@@ -89,15 +89,15 @@ class ShardSpec:
         model, layout = self.model, self.layout
         tokens = self.config.max_num_batched_tokens + self.config.block_size
         hidden = tokens * model.hidden_size * 4
-        widest = max(len(part.vocab) for part in layout.parts(model))
+        parts = layout.parts(model)
+        widest = max(len(part.vocab) for part in parts)
         attended = model.num_heads // layout.num_slices
         row = PagedKVCache.row_bytes(model, page_dtype(self.config, self.dtype))
-        part = layout.part(model, 0)
-        block = part.block_bytes(self.config.block_size, row) // len(part.layers)
+        block = parts[0].block_bytes(self.config.block_size, row) // len(parts[0].layers)
         return Sizes(
             tensor=max(hidden, _LEAST_HEAD_ROWS * row_bytes(widest, logits=True)),
             slice=max(tokens * attended * (model.head_dim + 1) * 4, block),
-            ring=hidden,
+            ring=hidden * (1 + any(part.is_cut for part in parts)),
         )
 
 

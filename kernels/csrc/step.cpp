@@ -4,6 +4,9 @@
 // what all have. Where the pages of a slice of the kv heads lie in several groups, each rank attends its own pages for
 // the query heads of all, and merges what all found for its own heads.
 //
+// A stage may end inside the MLP of its last layer. It hands on the residual stream as that MLP finds it, and apart from
+// it the sums of the units so far; the next stage adds those of the other units, and then these.
+//
 // Every thread runs the same sequence of phases. A phase's work is claimed in pieces and ends at a barrier; rows so few
 // that a barrier would cost more are prepared by each thread for itself.
 #include <algorithm>
@@ -155,19 +158,26 @@ public:
         char* const scratch = thread_scratch(level_.scratch_bytes);
         if (!scratch) failed_.store(true);
         start(phase);
+        if (model_.carried.norm) {
+            if (!feed_forward(thread, phase, model_.carried, step_.hidden, End::kAdd)) return;
+            rows(phase, [&](int64_t row) {
+                kernels_.add(step_.partial_in + row * model_.hidden, model_.hidden, step_.hidden + row * model_.hidden);
+            });
+        }
         for (int64_t index = 0; index < model_.num_layers; index++) {
             const Layer& layer = model_.layers[index];
-            Left left = normed(thread, phase, layer.input_norm);
+            const Left left = normed(thread, phase, layer.input_norm);
             multiply(thread, phase, left, layer.qkv, End::kStore, qkv_, nullptr, qkv_columns_);
             fetch(thread, layer.o, kFetchIdle);
             rotate(phase, layer, index);
             if (step_.slice && !gather_queries(thread, phase)) return;
             attend(phase, layer, index, scratch);
             if (step_.slice && !merge_groups(thread, phase)) return;
-            if (!add_to_hidden(thread, phase, attended_left(thread, phase), layer.o)) return;
-            left = normed(thread, phase, layer.mlp_norm);
-            multiply(thread, phase, left, layer.gate_up, End::kSwish, nullptr, act_, act_row_ * per_word_);
-            if (!add_to_hidden(thread, phase, Left{act_, act_row_}, layer.down)) return;
+            if (!sum(thread, phase, attended_left(thread, phase), layer.o, step_.hidden, End::kAdd)) return;
+            const bool is_cut = step_.partial_out && index + 1 == model_.num_layers;
+            if (!feed_forward(thread, phase, layer.mlp, is_cut ? step_.partial_out : step_.hidden,
+                              is_cut ? End::kStore : End::kAdd))
+                return;
         }
     }
 
@@ -304,10 +314,18 @@ private:
         return !broken_.load();
     }
 
-    // hidden += left * matrix, summed over the ranks in their order: so all have the same bits. False: a broken group.
-    bool add_to_hidden(int64_t thread, int64_t& phase, Left left, const Matrix& matrix) {
+    // The units of an MLP: `end` says what becomes of their sums. False: a broken group.
+    bool feed_forward(int64_t thread, int64_t& phase, const Mlp& mlp, float* to, End end) {
+        const Left left = normed(thread, phase, mlp.norm);
+        multiply(thread, phase, left, mlp.gate_up, End::kSwish, nullptr, act_, act_row_ * per_word_);
+        return sum(thread, phase, Left{act_, act_row_}, mlp.down, to, end);
+    }
+
+    // left * matrix, stored to or added to `to` [tokens][hidden], summed over the ranks in their order: so all have the
+    // same bits. False: a broken group.
+    bool sum(int64_t thread, int64_t& phase, Left left, const Matrix& matrix, float* to, End end) {
         if (!step_.tensor) {
-            multiply(thread, phase, left, matrix, End::kAdd, step_.hidden, nullptr, model_.hidden);
+            multiply(thread, phase, left, matrix, end, to, nullptr, model_.hidden);
             return true;
         }
         Peers& peers = *step_.tensor;
@@ -316,9 +334,10 @@ private:
         if (!exchange(thread, peers, tensor_bytes(model_, tokens_))) return false;
         char* const* const parts = peers.last_regions();
         rows(phase, [&](int64_t row) {
+            if (end == End::kStore) std::fill_n(to + row * model_.hidden, model_.hidden, 0.f);
             for (int64_t rank = 0; rank < peers.size; rank++)
                 kernels_.add(reinterpret_cast<const float*>(parts[rank]) + row * model_.hidden, model_.hidden,
-                             step_.hidden + row * model_.hidden);
+                             to + row * model_.hidden);
         });
         return true;
     }

@@ -68,25 +68,32 @@ struct StepKernels {
     void (*quantize)(const char* x, int64_t columns, char* to, char* scale);
 };
 
-// Mirrored by decoder.py from here on.
-struct Layer {
-    const float* input_norm;
-    const float* mlp_norm;
-    const float *q_norm, *k_norm;
-    Matrix qkv, o, gate_up, down;
-    int64_t window;  // index into Step::calls
+// Mirrored by decoder.py from here on. Any units of an MLP: down's sums over all of them add up to the whole.
+struct Mlp {
+    const float* norm;
+    Matrix gate_up, down;
 };
 
+struct Layer {
+    const float* input_norm;
+    const float *q_norm, *k_norm;
+    Matrix qkv, o;
+    Mlp mlp;
+    int64_t window;  // index into Step::calls
+};
 
 // A rank's part of a model: its layers, q_heads and units of the MLP, and of the kv heads those of its slice, whose
 // attended_heads (the q_heads of all its groups) it attends for the others too.
 struct Model {
     const Layer* layers;
+    Mlp carried;            // units that the stage before left of its last layer's MLP; norm is null where it left none
     const float* norm;      // null, as is the head, where another stage has it
     Matrix head;            // of any rows of the vocabulary
     const char* embedding;  // [vocab][hidden] elements, or null
     const double* frequencies;  // [head_dim / 2]
-    int64_t num_layers, hidden, q_heads, attended_heads, kv_heads, head_dim, intermediate, vocab;
+    int64_t num_layers, hidden, q_heads, attended_heads, kv_heads, head_dim;
+    int64_t intermediate;  // units of the widest MLP
+    int64_t vocab;
     int64_t is_bf16, level;
     double eps, rotary_factor;
 };
@@ -111,6 +118,9 @@ struct Step {
     const int64_t* num_entries;
     char* pool;
     float* hidden;  // [tokens][hidden]: the residual stream
+    const float* partial_in;  // [tokens][hidden]: sums of the units before those of Model::carried, or null
+    float* partial_out;       // the same of the last layer's MLP, kept out of `hidden` as the next stage goes on with it;
+                              // null where it is whole. It may be partial_in.
     int64_t layer_stride, block_stride, num_blocks, block_size;
     int64_t num_tokens, num_rows, num_windows;
     int64_t is_deterministic;

@@ -14,7 +14,10 @@ from kernels import ops
 from kernels.cpu import Native
 from launch import measure
 from launch.cli import main
+from launch.flags import Parser
 from launch.hardware_file import FOLDER, known_hardware, read_hardware, to_yaml
+from launch.plan import Question, add_plan_flags
+from pagetable.cost import Ways
 from pagetable.errors import ConfigError
 from worker.layout import Layout
 from worker.model_config import ModelConfig
@@ -128,6 +131,17 @@ def test_bytes_of_weights_and_pages_are_those_of_the_layout(capsys: Capture, mod
     pages = -(-3 * 63 // each["page_parallel_size"])
     assert each["memory_bytes"]["pages"] == pages * part.block_bytes(16, 128)
     assert each["memory_bytes"]["weights"] == part.weight_bytes(config, 2)
+
+
+def test_stages_are_those_of_the_layout(model: str) -> None:
+    """Two of shape mid: the first ends inside an MLP, in units of its two tensor ranks."""
+    parser = Parser()
+    add_plan_flags(parser)
+    asked = [model, "--devices", "4", "--context", "1000", "--batch", "3"]
+    first, last = Question.of(parser.parse_args(asked)).cost(Ways(2, 2)).stages
+    assert (len(first.windows), first.mlp, first.left_mlp, first.carried_mlp) == (13, 2432, 2432 - 960, 0)
+    assert (len(last.windows), last.mlp, last.left_mlp, last.carried_mlp) == (11, 2432, 0, 2432 - 960)
+    assert first.mlp_rows == 12 * 2432 + 960
 
 
 def test_int8_pages_and_float32_change_the_bytes(capsys: Capture, model: str) -> None:

@@ -28,6 +28,7 @@ from kernels.reference import Reference
 from pagetable.errors import ConfigError
 from pagetable.ids import PlanNumber
 from tests.models import make_model
+from tests.rank_lab import make_spec
 from worker import layout as layout_module
 from worker import shard
 from worker.kv_cache import PagedKVCache
@@ -279,12 +280,20 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", HEADS | {"tie_word_embeddings": True, "intermediate_size": 97}),
     "qwen2-windows": ("qwen2", HEADS | {"num_attention_heads": 6, "hidden_size": 96} | _WINDOWS),
     "qwen3": ("qwen3", HEADS | {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 48}),
+    "qwen3-four": (
+        "qwen3",
+        HEADS | {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 48, "num_hidden_layers": 4},
+    ),
 }
 _CASES = [
     *(("llama-biases", sizes) for sizes in ((2, 1, 1), (4, 1, 1), (8, 1, 1), (2, 1, 2), (4, 2, 2), (8, 1, 4))),
     *(("llama-tied", sizes) for sizes in ((1, 3, 1), (2, 2, 1), (4, 1, 4))),
     *(("qwen2-windows", sizes) for sizes in ((2, 3, 2), (3, 1, 3), (6, 2, 3))),
     *(("qwen3", sizes) for sizes in ((3, 1, 1), (3, 3, 3))),
+    # stages that end inside MLPs, as do those of llama-biases (4, 2, 2) and of llama-tied (2, 2, 1)
+    *(("llama-biases", sizes) for sizes in ((1, 2, 1), (2, 2, 1))),
+    *(("qwen2-windows", sizes) for sizes in ((1, 2, 1), (2, 2, 2))),
+    *(("qwen3-four", sizes) for sizes in ((1, 3, 1), (3, 3, 3))),
 ]
 
 
@@ -314,7 +323,7 @@ class TestRanks:
         assert expected.std() > 1.0
         assert (found - expected).abs().max() < 1e-4
 
-    @pytest.mark.parametrize("sizes", [(2, 1, 1), (4, 2, 2)])
+    @pytest.mark.parametrize("sizes", [(2, 1, 1), (4, 2, 2), (1, 2, 1), (2, 2, 1)])
     @torch.inference_mode()
     def test_in_bfloat16_they_differ_by_rounding(
         self, folders: Callable[[str], Path], sizes: tuple[int, int, int]
@@ -327,20 +336,24 @@ class TestRanks:
         assert 0 < error < 1.5 * rounding
 
     def test_memory_is_what_the_layout_says(self, folders: Callable[[str], Path]) -> None:
+        cut = set()
         for name, sizes in _CASES:
             config = ModelConfig.from_folder(folders(name))
+            if any(part.is_cut for part in Layout(*sizes).parts(config)):
+                cut.add((name, sizes))
             for dtype in DTYPES:
                 for part in Layout(*sizes).parts(config):
                     weights = open_weights(folders(name))
                     decoder = NativeModel(config, weights, dtype, Native(cpu.levels()[0]), 1, part=part)._decoder
                     taken = sum(len(each) if isinstance(each, mmap.mmap) else each.nbytes for each in decoder._keep)
                     assert taken - config.head_dim // 2 * 8 == part.weight_bytes(config, dtype.itemsize)
+        assert cut == {*_CASES[-6:], ("llama-biases", (4, 2, 2)), ("llama-tied", (2, 2, 1))}
 
     def test_progress_counts_the_ranks_own_bytes(self, folders: Callable[[str], Path]) -> None:
         folder = folders("llama-biases")
         config = ModelConfig.from_folder(folder)
         backend = Native(cpu.levels()[0])
-        for part in Layout(4, 2, 2).parts(config):
+        for part in (*Layout(4, 2, 2).parts(config), *Layout(2, 2).parts(config)):
             weights, calls = open_weights(folder), Calls()
             NativeModel(config, weights, torch.float32, backend, 1, calls, part=part)
             expected = sum(
@@ -372,6 +385,14 @@ def test_a_rank_has_pages_of_its_layers_and_heads(tmp_path: Path, dtype: torch.d
         assert cache.pool.nbytes == 6 * part.block_bytes(4, PagedKVCache.row_bytes(config, dtype))
         assert PagedKVCache.bytes_per_block(config, 4, dtype, part) * 6 == cache.pool.nbytes
     assert PagedKVCache.bytes_per_block(config, 4, dtype) == 2 * 3 * 2 * 4 * row
+
+
+def test_stages_hand_on_twice_the_rows_where_one_ends_inside_an_mlp(tmp_path: Path) -> None:
+    make_model(tmp_path, **HEADS)
+    for layout, arrays in ((Layout(1, 2), 2), (Layout(4, 2, 2), 2), (Layout(1, 3), 1)):
+        spec = make_spec(tmp_path, layout, max_num_batched_tokens=100, block_size=8)
+        assert any(part.is_cut for part in layout.parts(spec.model)) == (arrays == 2)
+        assert spec.sizes().ring == arrays * 108 * 64 * 4
 
 
 _LOAD = """

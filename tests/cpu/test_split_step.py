@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kernels import cpu, int8
-from kernels.decoder import DecoderShape, LayerRows, NativeDecoder, Rows
+from kernels.decoder import DecoderShape, LayerRows, MlpRows, NativeDecoder, Rows
 from kernels.ops import Mask, PageList
 from kernels.peers import CallbackPeers, PeersBroken, Ring, SharedPeers
 
@@ -38,12 +38,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Split:
-    """tensor ranks in slices of groups, of the layers first .. end."""
+    """tensor ranks in slices of groups, of the layers first .. end: of the last one's MLP the rows up to `cut`, and
+    ahead of them the rows from `carried` on of the layer before."""
 
     tensor: int = 1
     groups: int = 1
     first: int = 0
     end: int | None = None
+    cut: int | None = None
+    carried: int | None = None
 
     @property
     def layers(self) -> slice:
@@ -52,6 +55,12 @@ class Split:
     @property
     def slices(self) -> int:
         return self.tensor // self.groups
+
+    def units(self, rows: range, rank: int) -> slice:
+        """A rank's share of rows of an MLP, dealt by 16."""
+        count = -(-len(rows) // 16)
+        begin, end = (min(count * edge // self.tensor * 16, len(rows)) for edge in (rank, rank + 1))
+        return slice(rows.start + begin, rows.start + end)
 
 
 class Weights:
@@ -108,8 +117,7 @@ class Weights:
         sizes, dim = self.sizes, self.sizes.head_dim
         heads = range(rank * sizes.heads // split.tensor, (rank + 1) * sizes.heads // split.tensor)
         kv = self.kv_heads(split, rank)
-        units = -(-sizes.intermediate // 16)
-        mlp = slice(units * rank // split.tensor * 16, min(units * (rank + 1) // split.tensor * 16, sizes.intermediate))
+        whole = split.units(range(sizes.intermediate), rank)
         own, own_kv = slice(heads.start * dim, heads.stop * dim), slice(kv.start * dim, kv.stop * dim)
         layers = self.layers[split.layers]
         windows = sizes.windows[split.layers]
@@ -119,12 +127,13 @@ class Weights:
             len(heads),
             len(kv),
             dim,
-            len(range(*mlp.indices(sizes.intermediate))),
+            whole.stop - whole.start,
             sizes.vocab,
             1e-5,
             1.0,
             tuple(sorted(set(windows))),
             len(heads) * split.groups,
+            split.cut is not None,
         )
         decoder = NativeDecoder(
             shape,
@@ -140,15 +149,26 @@ class Weights:
         def summed(bias: torch.Tensor) -> torch.Tensor | None:
             return bias if rank == 0 else None
 
-        for layer, window in zip(layers, windows, strict=True):
+        def mlp(layer: dict[str, torch.Tensor], rows: slice, down_bias: torch.Tensor | None) -> MlpRows:
+            return MlpRows(
+                norm=layer["mlp_norm"],
+                gate_up=Rows.paired(layer["gate"][rows], layer["up"][rows], layer["gate_bias"][rows], None),
+                down=Rows.beside((layer["down"][:, rows].contiguous(),), (down_bias,)),
+            )
+
+        if split.carried is not None:
+            rest = split.units(range(split.carried, sizes.intermediate), rank)
+            decoder.set_carried(mlp(self.layers[split.first - 1], rest, None))
+        for index, (layer, window) in enumerate(zip(layers, windows, strict=True), 1):
+            is_cut = split.cut is not None and index == len(layers)
+            rows = split.units(range(split.cut or 0), rank) if is_cut else whole
             parts = (layer["q"][own], layer["k"][own_kv], layer["v"][own_kv])
             decoder.add_layer(
                 LayerRows(
-                    *(layer[name] for name in ("input_norm", "mlp_norm", "q_norm", "k_norm")),
+                    *(layer[name] for name in ("input_norm", "q_norm", "k_norm")),
                     qkv=Rows.beside(parts, (layer["q_bias"][own], None, None)),
                     o=Rows.beside((layer["o"][:, own].contiguous(),), (summed(layer["o_bias"]),)),
-                    gate_up=Rows.paired(layer["gate"][mlp], layer["up"][mlp], layer["gate_bias"][mlp], None),
-                    down=Rows.beside((layer["down"][:, mlp].contiguous(),), (summed(layer["down_bias"]),)),
+                    mlp=mlp(layer, rows, summed(layer["down_bias"])),
                     window=window,
                 )
             )
@@ -251,7 +271,7 @@ class Shard:
         self._threads = ThreadPoolExecutor(split.tensor)
 
     def step(self, chunks: Sequence[Chunk], hidden: torch.Tensor | None = None) -> torch.Tensor:
-        """The hidden rows, which all ranks must have with the same bits."""
+        """What the stage hands on, which all ranks must have with the same bits."""
 
         def run(rank: int) -> torch.Tensor:
             batch = self.book.batch(chunks, self.weights.sizes, self.windows, rank % self.split.groups)
@@ -266,6 +286,20 @@ class Shard:
         for each in found[1:]:
             assert torch.equal(each, found[0])
         return found[0]
+
+
+class Pipeline:
+    """Stages one after the other, each with pages of its own."""
+
+    def __init__(self, weights: Weights, splits: Sequence[Split], seed: int = 1, **options: Any) -> None:
+        self.stages = [Shard(weights, split, seed=seed + at, **options) for at, split in enumerate(splits)]
+
+    def step(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        rows = None
+        for stage in self.stages:
+            rows = stage.step(chunks, rows)
+        assert rows is not None
+        return rows
 
 
 def group_of(size: int, capacity: int) -> list[SharedPeers]:
@@ -300,11 +334,11 @@ LENGTHS = (170, 3, 96, 41, 1, 64)
 
 
 def compare(
-    weights: Weights, split: Split, steps: Sequence[Sequence[Chunk]], error: float, **options: Any
+    weights: Weights, split: Split | Sequence[Split], steps: Sequence[Sequence[Chunk]], error: float, **options: Any
 ) -> list[torch.Tensor]:
-    """Run a story on the whole model and on a split one; the error is relative to the rows' size."""
+    """Run a story on the whole model and on a split one, or on stages; the error is relative to the rows' size."""
     whole = Shard(weights, seed=5, **{name: value for name, value in options.items() if name != "threads"})
-    parts = Shard(weights, split, seed=6, **options)
+    parts = Pipeline(weights, [split] if isinstance(split, Split) else split, seed=6, **options)
     found = []
     for step in steps:
         expected, got = whole.step(step), parts.step(step)
@@ -348,15 +382,20 @@ def test_rows_far_longer_than_a_part_can_be_split() -> None:
         compare(weights, Split(4, 4), steps, 2e-5, deterministic=deterministic)
 
 
-@pytest.mark.parametrize("split", [Split(2, 1), Split(4, 2), Split(4, 4)], ids=["T2G1", "T4G2", "T4G4"])
-def test_deterministic_rows_have_equal_bits_in_any_chunks(split: Split) -> None:
+@pytest.mark.parametrize(
+    "splits",
+    [[Split(2, 1)], [Split(4, 2)], [Split(4, 4)], [Split(2, 1, end=1, cut=32), Split(2, 1, first=1, carried=32)]],
+    ids=["T2G1", "T4G2", "T4G4", "T2P2"],
+)
+def test_deterministic_rows_have_equal_bits_in_any_chunks(splits: list[Split]) -> None:
     """With pages dealt out alike, whatever the chunks and the threads."""
     weights = Weights(Sizes(), torch.bfloat16)
 
     def rows(chunk: int, threads: int) -> torch.Tensor:
-        shard = Shard(weights, split, threads=threads, deterministic=True)
-        for index in range(60):  # the same dealing, before the steps draw it in their own order
-            shard.book.page(0, index)
+        shard = Pipeline(weights, splits, threads=threads, deterministic=True)
+        for stage in shard.stages:
+            for index in range(60):  # the same dealing, before the steps draw it in their own order
+                stage.book.page(0, index)
         return torch.cat([shard.step([Chunk(0, at, min(at + chunk, 150))]) for at in range(0, 150, chunk)])
 
     whole = rows(150, 1)
@@ -384,6 +423,57 @@ def test_stages_hand_on_hidden_rows(split: Split) -> None:
         got = last.step(step, received.view(torch.float32).view(len(rows), -1))
         consumer.release()
         assert torch.equal(got, whole.step(step))
+
+
+# Stages of three layers that end inside MLPs of 83 rows: two and three, and those that take or hand on one array only.
+CUTS = {
+    "two": (Split(end=2, cut=32), Split(first=2, carried=32)),
+    "three": (Split(end=1, cut=64), Split(first=1, end=2, carried=64, cut=32), Split(first=2, carried=32)),
+    "one to two": (Split(end=1), Split(first=1, end=2, cut=32), Split(first=2, carried=32)),
+    "two to one": (Split(end=1, cut=64), Split(first=1, end=2, carried=64), Split(first=2)),
+}
+
+
+def dealt(name: str, tensor: int, groups: int) -> list[Split]:
+    return [replace(split, tensor=tensor, groups=groups) for split in CUTS[name]]
+
+
+@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize(("tensor", "groups"), [(1, 1), (2, 1), (2, 2)])
+def test_stages_that_end_inside_an_mlp_say_what_one_says(name: str, tensor: int, groups: int) -> None:
+    weights = Weights(Sizes(windows=(0, 21, 0)), torch.float32, seed=tensor)
+    for seed, threads in ((1, 1), (2, 3)):
+        steps = [*story(seed, LENGTHS), [Chunk(0, LENGTHS[0], LENGTHS[0] + 1)]]  # at last one token alone
+        compare(weights, dealt(name, tensor, groups), steps, 2e-5, threads=threads)
+
+
+@pytest.mark.parametrize("level", cpu.levels())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["free", "deterministic"])
+def test_every_kernel_can_end_inside_an_mlp(level: str, dtype: torch.dtype, deterministic: bool) -> None:
+    error = 0.2 if dtype == torch.bfloat16 else 2e-5  # a rounding that falls the other way
+    weights = Weights(Sizes(windows=(0, 21, 0)), dtype)
+    for tensor in (1, 2):
+        splits = dealt("three", tensor, 1)
+        compare(weights, splits, story(4, LENGTHS[:4]), error, level=level, deterministic=deterministic)
+
+
+def test_what_a_cut_stage_hands_on_is_the_stream_before_its_mlp_and_the_sums_of_its_units() -> None:
+    """Together with the sums of the other units they are the stream behind it; the two arrays have one layout."""
+    weights = Weights(Sizes(), torch.float32)
+    chunks = [Chunk(0, 0, 13), Chunk(1, 0, 1)]
+    handed = {cut: Shard(weights, Split(cut=cut)).step(chunks) for cut in (16, 48)}
+    assert all(each.shape == (2, 14, 45) for each in handed.values())
+    assert torch.equal(handed[16][0], handed[48][0])
+    whole = Shard(weights).step(chunks)
+    assert not torch.allclose(handed[48].sum(0), whole, atol=0.1)
+    layer = weights.layers[1]
+    stream = handed[48][0]
+    x = stream * (stream.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * layer["mlp_norm"]
+    units = torch.nn.functional.silu(x @ layer["gate"].T + layer["gate_bias"]) * (x @ layer["up"].T)
+    for cut, (_, sums) in handed.items():
+        torch.testing.assert_close(sums, units[:, :cut] @ layer["down"][:, :cut].T + layer["down_bias"])
+    torch.testing.assert_close(stream + units @ layer["down"].T + layer["down_bias"], whole)
 
 
 def test_given_hidden_rows_are_changed_in_place() -> None:
@@ -441,6 +531,9 @@ def test_a_stage_says_what_it_lacks() -> None:
     for bad in (torch.zeros(2, 45), torch.zeros(1, 45, dtype=torch.float64), torch.zeros(1, 90)[:, ::2]):
         with pytest.raises(ValueError, match=r"hidden: got .* must be float32 \(1, 45\), contiguous"):
             last.decoders[0].forward(**batch, pool=last.pools[0], hidden=bad)
+    carrying = Shard(weights, Split(first=1, carried=32)).decoders[0]
+    with pytest.raises(ValueError, match=r"hidden: got .* \(1, 45\) .* must be float32 \(2, 1, 45\), contiguous"):
+        carrying.forward(**batch, pool=last.pools[0], hidden=torch.zeros(1, 45))
 
 
 def test_groups_must_be_those_of_the_shape() -> None:
@@ -454,11 +547,19 @@ def test_groups_must_be_those_of_the_shape() -> None:
         DecoderShape(8, 2, 1, 8, 16, 9, 1e-5, 1.0, (0,), 5)
 
 
-@pytest.mark.parametrize("fails_at", range(1, 9))
-def test_a_broken_exchange_ends_the_step(fails_at: int) -> None:
-    """At each of the four exchanges of each of two layers; with a team, which is whole again for the next step."""
+@pytest.mark.parametrize(
+    ("split", "fails_at"),
+    [
+        *((Split(2, 2), at) for at in range(1, 9)),
+        *((Split(2, 2, first=1, cut=48, carried=32), at) for at in range(1, 6)),
+    ],
+    ids=[*(f"layers-{at}" for at in range(1, 9)), *(f"carried-{at}" for at in range(1, 6))],
+)
+def test_a_broken_exchange_ends_the_step(split: Split, fails_at: int) -> None:
+    """At each of the four exchanges of each layer, and at that of a carried MLP; with a team, which is whole again for
+    the next step."""
     weights = Weights(Sizes(), torch.float32)
-    shard = Shard(weights, Split(2, 2), threads=3)
+    shard = Shard(weights, split, threads=3)
     calls: list[int] = []
 
     def gather(regions: list[torch.Tensor], rank: int) -> None:
@@ -470,7 +571,8 @@ def test_a_broken_exchange_ends_the_step(fails_at: int) -> None:
     def forward(function: Callable[[list[torch.Tensor], int], None]) -> torch.Tensor:
         groups = {name: CallbackPeers(0, 2, 10**6, function) for name in ("tensor", "slice")}
         batch = shard.book.batch([Chunk(0, 0, 20)], weights.sizes, shard.windows, 0)
-        return shard.decoders[0].forward(**batch, pool=shard.pools[0], **groups)
+        hidden = torch.ones(2, 20, weights.sizes.hidden) if split.first else None
+        return shard.decoders[0].forward(**batch, pool=shard.pools[0], hidden=hidden, **groups)
 
     with pytest.raises(PeersBroken) as raised:
         forward(gather)

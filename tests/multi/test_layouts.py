@@ -47,12 +47,12 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return make(tmp_path_factory.mktemp("model"), *request.param)
 
 
-def make(folder: Path, q: int, kv: int) -> Path:
+def make(folder: Path, q: int, kv: int, layers: int = LAYERS) -> Path:
     return make_model(
         folder,
         seed=q,
         vocab_size=VOCAB,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=q,
         num_key_value_heads=kv,
         head_dim=16,
@@ -130,6 +130,14 @@ def run(loop: Loop, spec: ShardSpec) -> Tape:
     return tape
 
 
+def test_two_stages_of_every_model_here_end_inside_an_mlp(folder: Path) -> None:
+    """Three of three layers do not, so that rows go on in both ways below."""
+    model = make_spec(folder).model
+    for layout in LAYOUTS:
+        if layout.is_possible(model):
+            assert any(part.is_cut for part in layout.parts(model)) == (layout.pipeline == 2)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda each: f"T{each.tensor}P{each.pipeline}G{each.page}")
 def test_every_layout_says_the_tokens_of_one_rank(
     layout: Layout, folder: Path, hosts: Hosts, expected: dict[tuple[str, int], list[int]]
@@ -140,6 +148,13 @@ def test_every_layout_says_the_tokens_of_one_rank(
             layout.check(spec.model)
         return
     check(spec, hosts, expected)
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 3), Layout(2, 3), Layout(2, 3, 2)], ids=str)
+def test_so_does_a_stage_that_begins_and_ends_inside_mlps(layout: Layout, tmp_path: Path, hosts: Hosts) -> None:
+    spec = make_spec(make(tmp_path, 6, 2, layers=4), layout, **TIGHT)
+    assert any(part.is_carrying and part.is_cut for part in layout.parts(spec.model))
+    check(spec, hosts, alone(make_spec(tmp_path, max_model_len=256), hosts))
 
 
 AHEAD = [Layout(), Layout(2), Layout(2, 1, 2), Layout(4, 1, 4)]

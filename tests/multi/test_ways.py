@@ -38,7 +38,8 @@ def hosts() -> Iterator[Hosts]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"), num_key_value_heads=2, max_position_embeddings=512)
+    fields = {"num_hidden_layers": 3, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    return make_model(tmp_path_factory.mktemp("model"), **fields)
 
 
 def spec_of(folder: Path, layout: Layout, ways: Ways) -> ShardSpec:
@@ -74,6 +75,8 @@ def test_every_way_says_the_same_tokens(
     layout: Layout, ways: Ways, folder: Path, hosts: Hosts, expected: dict[str, list[int]]
 ) -> None:
     spec = spec_of(folder, layout, ways)
+    cut = any(part.is_cut for part in layout.parts(spec.model))
+    assert cut == (layout.pipeline == 2)  # two stages hand on the sums of an MLP too
     with hosts.loop(spec) as (loop, _):
         assert say(loop, spec) == expected
 

@@ -63,6 +63,9 @@ struct Weights {  // exact sizes on the heap, so that a read beyond is seen
         quire_pack(rows.data(), panels, depth, bf16, reinterpret_cast<uint32_t*>(packed));
         return {packed, bias ? floats(panels * kPanel, 0.01f) : nullptr, words, lanes};
     }
+    Mlp mlp(int64_t hidden, int64_t units, bool bias) {
+        return {floats(hidden, 1.f), matrix(units, hidden, true, bias), matrix(hidden, units, false, bias)};
+    }
 };
 
 bool run(int64_t level, bool bf16, bool deterministic, bool int8) {
@@ -70,14 +73,13 @@ bool run(int64_t level, bool bf16, bool deterministic, bool int8) {
     Weights weights{{}, bf16};
     std::vector<Layer> layer(layers);
     for (int64_t i = 0; i < layers; i++) {
-        layer[i] = {weights.floats(hidden, 1.f), weights.floats(hidden, 1.f), weights.floats(dim, 1.f),
-                    weights.floats(dim, 1.f), weights.matrix((heads + 2 * kv_heads) * dim, hidden, false, true),
-                    weights.matrix(hidden, heads * dim, false, false), weights.matrix(intermediate, hidden, true, true),
-                    weights.matrix(hidden, intermediate, false, true), i};
+        layer[i] = {weights.floats(hidden, 1.f), weights.floats(dim, 1.f), weights.floats(dim, 1.f),
+                    weights.matrix((heads + 2 * kv_heads) * dim, hidden, false, true),
+                    weights.matrix(hidden, heads * dim, false, false), weights.mlp(hidden, intermediate, true), i};
     }
     std::vector<double> frequencies(dim / 2);
     for (int64_t i = 0; i < dim / 2; i++) frequencies[i] = std::pow(10000.0, -2.0 * (double)i / (double)dim);
-    const Model model{layer.data(), weights.floats(hidden, 1.f), weights.matrix(vocab, hidden, false, false),
+    const Model model{layer.data(), {}, weights.floats(hidden, 1.f), weights.matrix(vocab, hidden, false, false),
                       weights.values(vocab * hidden, 1.f), frequencies.data(), layers, hidden, heads, heads, kv_heads, dim,
                       intermediate, vocab, bf16, level, 1e-5, 1.0};
     // rows: a long prefill, a short one, decodes with a past; every past is computed first as a prefill of its own
@@ -119,7 +121,7 @@ bool run(int64_t level, bool bf16, bool deterministic, bool int8) {
             const int64_t count = (int64_t)tokens.size();
             std::vector<float> hidden_rows(count * hidden);
             const Step step{tokens.data(), positions.data(), slots.data(), query_start.data(), first.data(), starts,
-                            page_ids, page_at, windows, entries, pool.get(), hidden_rows.data(),
+                            page_ids, page_at, windows, entries, pool.get(), hidden_rows.data(), nullptr, nullptr,
                             blocks * block_bytes, block_bytes, blocks, block, count, (int64_t)lengths.size(), 2,
                             deterministic, int8, nullptr, nullptr};
             char message[200] = "";
@@ -175,17 +177,17 @@ struct Pair {
     }
 };
 
-// Each rank has all heads' weights of its own (three of six query heads), and every second page; a group that breaks.
+// Each rank has all heads' weights of its own (three of six query heads), and every second page, of a stage whose MLPs
+// are cut at both ends; a group that breaks.
 bool run_split(int64_t level, bool bf16, bool int8) {
     const int64_t hidden = 45, heads = 3, kv_heads = 2, dim = 34, mlp = 32, vocab = 83, block = 4, blocks = 32;
     const int64_t block_bytes = 2 * kv_heads * head_bytes(block, dim, int8 ? 1 : bf16 ? 2 : 4, int8);
     Weights weights{{}, bf16};
     std::vector<double> frequencies(dim / 2, 0.1);
-    Layer layer{weights.floats(hidden, 1.f), weights.floats(hidden, 1.f), nullptr, nullptr,
+    Layer layer{weights.floats(hidden, 1.f), nullptr, nullptr,
                 weights.matrix((heads + 2 * kv_heads) * dim, hidden, false, true),
-                weights.matrix(hidden, heads * dim, false, false), weights.matrix(mlp, hidden, true, false),
-                weights.matrix(hidden, mlp, false, false), 0};
-    const Model model{&layer, nullptr, {}, weights.values(vocab * hidden, 1.f), frequencies.data(), 1, hidden, heads,
+                weights.matrix(hidden, heads * dim, false, false), weights.mlp(hidden, mlp, false), 0};
+    const Model model{&layer, weights.mlp(hidden, mlp - 5, false), nullptr, {}, weights.values(vocab * hidden, 1.f), frequencies.data(), 1, hidden, heads,
                       2 * heads, kv_heads, dim, mlp, vocab, bf16, level, 1e-5, 1.0};
     Pair tensor, slice;
     std::vector<float> rows[2];
@@ -206,14 +208,15 @@ bool run_split(int64_t level, bool bf16, bool int8) {
             const int32_t query_start[] = {0, (int32_t)length}, first[] = {0}, start[] = {0, (int32_t)ids.size()};
             const int32_t *starts[] = {start}, *page_ids[] = {ids.data()}, *page_at[] = {at.data()};
             const int64_t windows[] = {0}, entries[] = {(int64_t)ids.size()};
-            std::vector<float> out(length * hidden);
+            std::vector<float> out(length * hidden), partial(length * hidden, 0.5f);
             const Step step{tokens.data(), positions.data(), slots.data(), query_start, first, starts, page_ids,
-                            page_at, windows, entries, pool.get(), out.data(), blocks * block_bytes, block_bytes,
-                            blocks, block, length, 1, 1, 0, int8, &tensor.ranks[rank], &slice.ranks[rank]};
+                            page_at, windows, entries, pool.get(), out.data(), partial.data(), partial.data(),
+                            blocks * block_bytes, block_bytes, blocks, block, length, 1, 1, 0, int8, &tensor.ranks[rank], &slice.ranks[rank]};
             char message[200] = "";
             codes[rank] = quire_forward(engine, &model, &step, message, sizeof message);
             if (codes[rank]) std::fprintf(stderr, "split: %s\n", message);
             rows[rank].insert(rows[rank].end(), out.begin(), out.end());
+            rows[rank].insert(rows[rank].end(), partial.begin(), partial.end());
         }
         quire_engine_free(engine);
     };

@@ -187,6 +187,37 @@ def test_a_batch_smaller_than_the_pipeline_waits_for_every_stage_and_hand_over()
     assert cost(with_(exchange_s=1.0), Ways(1, 2), *HALVES).predict(load).step_s == pytest.approx(alone + 1.0)
 
 
+CUT = (  # the first stage leaves 200 of the 300 rows of its one MLP to the second
+    dataclasses.replace(STAGE, windows=(0,), head_rows=0, left_mlp=200),
+    dataclasses.replace(STAGE, windows=(0,), head_rows=0, carried_mlp=200),
+)
+
+
+def test_rows_of_an_mlp_count_where_they_are_computed() -> None:
+    found = [cost(PLAIN, Ways(1, 2), *CUT).decode(stage, 1, LOAD).products for stage in CUT]
+    assert found == pytest.approx([2 * (LAYER - 3 * 1000 * 200) / 1e9, 2 * (LAYER + 3 * 1000 * 200) / 1e9])
+
+
+def test_the_second_part_of_an_mlp_has_a_norm_a_sum_and_half_a_layers_launches_of_its_own() -> None:
+    busy = with_(exchange_s=1.0, elements_per_s=1.0, layer_s=1.0)
+    first, second = (cost(busy, Ways(2, 2), *CUT).decode(stage, 1, LOAD) for stage in CUT)
+    assert (first.collectives, second.collectives) == pytest.approx((2, 3))
+    assert (first.overhead, second.overhead) == pytest.approx((1, 1.5))
+    # norms, sums, q, k and v, what attention found, activations
+    assert first.elements == pytest.approx(4 * 1000 + 20 * 10 + 10 * 10 + 100)
+    assert second.elements == pytest.approx(6 * 1000 + 20 * 10 + 10 * 10 + 500)
+
+
+def test_a_stage_that_ends_inside_an_mlp_hands_on_twice_the_rows() -> None:
+    slow = with_(exchange_bytes_per_s=1e3)
+    row = 1000 * 2 / 1e3
+    for stages, arrays in ((HALVES, 1), (CUT, 2)):
+        here, free = (cost(each, Ways(1, 2), *stages) for each in (slow, PLAIN))
+        assert here.predict(LOAD).step_s - free.predict(LOAD).step_s == pytest.approx(arrays * row)
+        load = dataclasses.replace(LOAD, context=16)
+        assert here.prefill(load, 1) - free.prefill(load, 1) == pytest.approx(arrays * 16 * row)
+
+
 def test_a_long_prompt_passes_two_stages_in_its_chunks_and_one_more() -> None:
     free = with_(read_bytes_per_s=1e18, product_flops=((1, 1e9),))
     load = Workload(context=4 * 32, batch=1, chunk=32, block_size=32)
@@ -231,6 +262,8 @@ def test_memory_is_weights_pages_of_the_fullest_group_working_space_and_reserve(
     assert (whole.weights, whole.pages, whole.reserve) == (STAGE.weight_bytes, pages * page, 7.0)
     assert whole.working == 4 * (32 * (3 * 1000 + 20 * 10 + 2 * 10 * 10 + 300) + 3 * 500)
     assert whole.total == whole.weights + whole.pages + whole.working + whole.reserve
+    both = cost(PLAIN, Ways(1, 2), *CUT).memory(load).working  # of either stage: the partial sums beside the stream
+    assert both == 4 * 32 * (4 * 1000 + 20 * 10 + 2 * 10 * 10 + 300)
     assert cost(PLAIN, Ways(2, 1, 2)).memory(load).pages == 8 * page
     assert cost(PLAIN, Ways(data=3)).memory(load).pages == 5 * page
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import subprocess
 import sys
-from itertools import combinations
+from collections.abc import Sequence
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 
 from pagetable.errors import ConfigError
 from worker.fields import Fields
-from worker.layout import MLP_UNIT, Layout, Slice
+from worker.layout import MLP_UNIT, Layout, Slice, Stage
 from worker.model_config import ModelConfig
 from worker.split import split_evenly
 
@@ -76,6 +78,51 @@ def covered(cuts: list[dict[str, Slice]], config: ModelConfig, name: str, dimens
     return counts
 
 
+def costs(config: ModelConfig) -> tuple[int, int, int]:
+    """Weights of a layer without its MLP's rows, of one of those rows, and half of the head's."""
+    sizes = {
+        name.removeprefix("model.layers.0."): math.prod(shape)
+        for name, shape in config.tensor_shapes().items()
+        if name.startswith("model.layers.0.")
+    }
+    rows = sum(
+        size for name, size in sizes.items() if "gate" in name or "up_proj" in name or name == "mlp.down_proj.weight"
+    )
+    each = rows // config.intermediate_size
+    return sum(sizes.values()) - rows, each, config.vocab_size * config.hidden_size // 2
+
+
+def loads(config: ModelConfig, stages: Sequence[Stage]) -> list[int]:
+    """What each stage counts when layers are dealt out."""
+    rest, row, head = costs(config)
+    found = []
+    for stage in stages:
+        whole = len(stage.layers) - 1
+        rows = whole * config.intermediate_size + len(stage.last_mlp) + len(stage.carried_mlp)
+        found.append(len(stage.layers) * rest + rows * row)
+    found[-1] += head
+    return found
+
+
+def whole_layers(config: ModelConfig, pipeline: int) -> tuple[tuple[range, ...], int]:
+    """The cut between layers only, and what its largest stage counts."""
+    rest, row, head = costs(config)
+    layers = [rest + row * config.intermediate_size] * config.num_layers
+    layers[-1] += head
+    runs = split_evenly(layers, pipeline)
+    return runs, max(sum(layers[at] for at in run) for run in runs)
+
+
+MID = {
+    "vocab_size": 32000,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "head_dim": 64,
+}
+
+
 class TestParts:
     @pytest.mark.parametrize("seed", range(4))
     def test_every_tensor_is_dealt_out_once_or_copied_as_stated(self, seed: int) -> None:
@@ -83,6 +130,8 @@ class TestParts:
             cuts = [part.tensors(config) for part in layout.parts(config)]
             copies = layout.page * max(1, layout.num_slices // config.num_kv_heads)
             tied = config.tie_word_embeddings
+            carried = {part.layers.start - 1 for part in layout.parts(config) if part.is_carrying}
+            twice = {f"model.layers.{layer}.post_attention_layernorm.weight" for layer in carried}
             for name, shape in config.tensor_shapes().items():
                 columns = set(covered(cuts, config, name, 1)) if len(shape) > 1 else None
                 rows = covered(cuts, config, name, 0)
@@ -96,7 +145,7 @@ class TestParts:
                 elif linear == "embed_tokens":
                     assert set(rows) == {layout.tensor + (tied and layout.pipeline > 1)}
                 else:
-                    assert set(rows) == {layout.tensor} and "norm" in linear
+                    assert set(rows) == {layout.tensor * (1 + (name in twice))} and "norm" in linear
 
     @pytest.mark.parametrize("seed", range(4))
     def test_a_slice_attends_with_the_heads_of_its_keys(self, seed: int) -> None:
@@ -143,6 +192,24 @@ class TestParts:
             for part in layout.parts(config):
                 assert part.heads and part.kv_heads and part.mlp and part.vocab and part.layers
 
+    def test_both_parts_of_a_cut_mlp_are_dealt_over_the_tensor_ranks(self) -> None:
+        config = model(num_hidden_layers=3, intermediate_size=150, mlp_bias=True)
+        parts = Layout(2, 2).parts(config)
+        assert [part.layers for part in parts] == [range(2)] * 2 + [range(2, 3)] * 2
+        assert [part.mlp for part in parts] == [range(80), range(80, 150)] * 2
+        assert [part.last_mlp for part in parts] == [range(32), range(32, 64), range(80), range(80, 150)]
+        assert [part.carried_mlp for part in parts] == [range(0), range(0), range(64, 112), range(112, 150)]
+        assert [part.is_cut for part in parts] == [True, True, False, False]
+        assert [part.is_carrying for part in parts] == [False, False, True, True]
+        third = parts[2].tensors(config)
+        assert {name.removeprefix("model.layers.1."): cut for name, cut in third.items() if "layers.1." in name} == {
+            "post_attention_layernorm.weight": Slice(),
+            **{f"mlp.{name}": Slice(range(64, 112)) for name in ("gate_proj.weight", "gate_proj.bias")},
+            **{f"mlp.{name}": Slice(range(64, 112)) for name in ("up_proj.weight", "up_proj.bias")},
+            "mlp.down_proj.weight": Slice(None, range(64, 112)),
+        }
+        assert parts[0].tensors(config)["model.layers.1.mlp.down_proj.bias"] == Slice()
+
     def test_the_example_of_the_design(self) -> None:
         parts = Layout(4, 1, 2).parts(model())
         assert [(part.slice, part.group) for part in parts] == [(0, 0), (0, 1), (1, 0), (1, 1)]
@@ -180,20 +247,69 @@ class TestParts:
 
 class TestStages:
     def test_half_of_the_head_counts_and_the_embedding_does_not(self) -> None:
-        config = model(num_hidden_layers=13, vocab_size=1)
-        even = [len(layers) for layers in Layout(1, 4).stages(config)]
+        one_piece = {"num_hidden_layers": 13, "intermediate_size": MLP_UNIT}
+        config = model(vocab_size=1, **one_piece)
+        even = [len(stage.layers) for stage in Layout(1, 4).stages(config)]
         assert (sum(even), max(even)) == (13, 4)
         size = sum(
             64 if len(shape) == 1 else shape[0] * shape[1]
             for name, shape in config.tensor_shapes().items()
             if name.startswith("model.layers.0.")
         )
-        heavy = model(num_hidden_layers=13, vocab_size=6 * size // 64)
-        assert [len(layers) for layers in Layout(1, 4).stages(heavy)] == [4, 4, 4, 1]
+        heavy = model(vocab_size=6 * size // 64, **one_piece)
+        assert [len(stage.layers) for stage in Layout(1, 4).stages(heavy)] == [4, 4, 4, 1]
 
-    def test_stages_do_not_depend_on_tensor_ranks(self) -> None:
-        config = model(num_hidden_layers=7, vocab_size=900)
-        assert Layout(1, 3).stages(config) == Layout(4, 3, 2).stages(config)
+    @pytest.mark.parametrize("seed", range(4))
+    def test_they_end_between_layers_or_where_it_makes_the_largest_smaller_inside_mlps(self, seed: int) -> None:
+        cut = 0
+        for config, layout in possible(40 + seed, 100):
+            stages = layout.stages(config)
+            runs, largest = whole_layers(config, layout.pipeline)
+            assert [layer for stage in stages for layer in stage.layers] == list(range(config.num_layers))
+            assert all(stage.layers for stage in stages)
+            size = config.intermediate_size
+            if all(len(stage.last_mlp) == size for stage in stages):  # whatever the tensor ranks
+                assert [stage.layers for stage in stages] == list(runs)
+                assert not any(stage.carried_mlp for stage in stages)
+                continue
+            cut += 1
+            assert max(loads(config, stages)) <= 0.99 * largest
+            assert stages[0].carried_mlp == range(0) and stages[-1].last_mlp == range(size)
+            for stage, after in pairwise(stages):
+                end = stage.last_mlp.stop
+                assert stage.last_mlp.start == 0
+                assert after.carried_mlp == (range(end, size) if end < size else range(0))
+                assert end == size or end % (MLP_UNIT * layout.tensor) == 0
+            for part in layout.parts(config):
+                stage = stages[part.stage]
+                assert bool(part.last_mlp) and bool(part.carried_mlp) == bool(stage.carried_mlp) == part.is_carrying
+                assert part.is_cut == (len(stage.last_mlp) < size)
+                assert max(len(part.last_mlp), len(part.carried_mlp)) <= len(part.mlp)
+        assert cut > 5
+
+    def test_two_of_shape_mid_are_even(self) -> None:
+        config = model(**MID)
+        first, last = stages = Layout(1, 2).stages(config)
+        assert first == Stage(range(13), range(7 * 304), range(0))  # 12 layers, an attention, 7 / 16 of an MLP
+        assert last == Stage(range(13, 24), range(4864), range(7 * 304, 4864))
+        found = loads(config, stages)
+        assert max(found) < 1.003 * sum(found) / 2
+        assert whole_layers(config, 2)[1] > 1.03 * sum(found) / 2
+
+    def test_a_layer_has_at_most_sixteen_pieces(self) -> None:
+        """All shares of the middle one of three, as the head grows: the ends of its pieces."""
+        for layout, unit in ((Layout(1, 2), 16), (Layout(2, 2), 32)):
+            ends = set()
+            for vocab in range(2, 12000, 150):
+                config = model(num_hidden_layers=3, intermediate_size=1600, vocab_size=vocab)
+                ends.add(len(layout.stages(config)[0].last_mlp))
+            assert 5 < len(ends) <= 16 and all(end == 1600 or end % unit == 0 for end in ends)
+
+    def test_a_cut_that_wins_little_is_between_layers(self) -> None:
+        config = model(num_hidden_layers=126, vocab_size=1600)
+        stages = Layout(1, 2).stages(config)
+        assert [len(stage.layers) for stage in stages] == [63, 63] and stages[1].carried_mlp == range(0)
+        assert max(loads(config, stages)) > 1.004 * sum(loads(config, stages)) / 2
 
     def test_the_largest_run_is_the_least_possible(self) -> None:
         draw = random.Random(5)
