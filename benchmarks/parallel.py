@@ -18,6 +18,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,14 +41,18 @@ class Case:
 
     Attributes:
         engines: name -> settings.
-        goals: (numerator, denominator, at least); where an engine is called half, of the bound that it sets.
+        goals: (numerator, denominator, at least).
         by_memory: ratios are also given for the turns in which memory kept up.
+        half: half of the work, for bounds of two stages: a rank passes two halves of the work in the time in which two
+            stages, each with half of the weights, pass two each. "bound" is twice what a rank alone does of it; "bound
+            at once" what two such ranks do at the same time, which read from memory as much as two stages do.
     """
 
     measure: Callable[[LLM], float]
     engines: dict[str, dict[str, Any]]
     goals: tuple[tuple[str, str, float], ...]
     by_memory: bool = True
+    half: Callable[[LLM], float] | None = None
 
 
 def prompts(count: int, length: int, vocab: int) -> list[list[int]]:
@@ -158,7 +163,12 @@ CASES = {
     "ahead:64": Case(decode(64), AHEAD_SET, AHEAD_GOALS),
     "stages:prefill": Case(prefill(8, 2048), {"one": ONE, "P=2": STAGES}, (("P=2", "one", 1.8),)),
     "stages:decode:128": Case(decode(128), {"one": ONE, "P=2": STAGES}, (("P=2", "one", 1.6),)),
-    "stages:decode:16": Case(decode(16), {"one": ONE, "P=2": STAGES, "half": ONE}, (("P=2", "one", 0.95),)),
+    "stages:decode:16": Case(
+        decode(16),
+        {"one": ONE, "P=2": STAGES},
+        (("P=2", "one", 0.0), ("bound", "one", 0.0), ("P=2", "bound", 0.95), ("P=2", "bound at once", 0.95)),
+        half=decode(8),
+    ),
 }
 
 
@@ -186,9 +196,9 @@ class Readers:
 def run(name: str, case: Case, model: str, rounds: int, dtype: str, as_json: bool) -> None:
     longest = 2048 + 256 if ":32768" not in name else 32768 + 512
     base = {"dtype": dtype, "max_model_len": longest, "max_num_seqs": 128, "kv_cache_memory_bytes": 1 << 30}
-    engines = {each: LLM(model, **base, **settings) for each, settings in case.engines.items() if each != "half"}
-    half = decode(8) if "half" in case.engines else None
-    rates: dict[str, list[float]] = {each: [] for each in case.engines}
+    engines = {each: LLM(model, **base, **settings) for each, settings in case.engines.items()}
+    pair = [LLM(model, **base, **ONE) for _ in range(2 if case.half else 0)]
+    rates: dict[str, list[float]] = {each: [] for each in [*engines, *(["bound", "bound at once"] if pair else [])]}
     readers, keeps = Readers(), dict[str, list[bool]]()
     try:
         for llm in engines.values():
@@ -198,24 +208,21 @@ def run(name: str, case: Case, model: str, rounds: int, dtype: str, as_json: boo
                 before = readers.look()
                 rates[each].append(case.measure(llm))
                 keeps.setdefault(each, []).append(min(before, readers.look()) >= KEEPS_UP)
-            if half is not None:
-                rates["half"].append(half(engines["one"]))
+            if case.half is not None:
+                rates["bound"].append(2 * case.half(pair[0]))
+                with ThreadPoolExecutor(2) as threads:
+                    rates["bound at once"].append(sum(threads.map(case.half, pair)))
     finally:
-        for llm in engines.values():
+        for llm in [*engines.values(), *pair]:
             llm.close()
     found: dict[str, Any] = {"case": name, "tok/s": {each: round(statistics.median(rates[each]), 1) for each in rates}}
     for top, bottom, goal in case.goals:
-        ratios = {f"{top} / {bottom}": [a / b for a, b in zip(rates[top], rates[bottom], strict=True)]}
-        if half is not None:
-            # two halves pass the two stages in the time that one rank takes for a half batch: 2 half / one is the bound
-            ratios = {"bound / one": [2 * h / o for h, o in zip(rates["half"], rates["one"], strict=True)], **ratios}
-            ratios[f"{top} / bound"] = [t / (2 * h) for t, h in zip(rates[top], rates["half"], strict=True)]
-        for key, pairs in ratios.items():
-            own = goal if key == list(ratios)[-1] else 0.0
-            found[key] = [round(each, 3) for each in (statistics.median(pairs), min(pairs), max(pairs))] + [own]
-            kept = [pair for pair, keeps_up in zip(pairs, keeps[top], strict=True) if keeps_up]
-            if kept and case.by_memory:
-                found[f"{key}, memory keeps up"] = [round(statistics.median(kept), 3), len(kept)]
+        pairs = [a / b for a, b in zip(rates[top], rates[bottom], strict=True)]
+        low, high = min(pairs), max(pairs)
+        found[f"{top} / {bottom}"] = [round(each, 3) for each in (statistics.median(pairs), low, high)] + [goal]
+        kept = [each for each, keeps_up in zip(pairs, keeps.get(top, ()), strict=False) if keeps_up]
+        if kept and case.by_memory:
+            found[f"{top} / {bottom}, memory keeps up"] = [round(statistics.median(kept), 3), len(kept)]
     if as_json:
         print(json.dumps(found), flush=True)
         return
