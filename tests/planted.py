@@ -21,12 +21,13 @@ if "worker" in sys.orig_argv:
             load = spec.loader.exec_module
             def exec_module(module):
                 load(module)
-                run = module.Runner.run
-                def planted(self, plan):
+                carry_out = module.Runner.carry_out
+                def planted(self, prepared):
+                    plan = prepared.plan
                     if {where}:
                         {act}
-                    return run(self, plan)
-                module.Runner.run = planted
+                    return carry_out(self, prepared)
+                module.Runner.carry_out = planted
             spec.loader.exec_module = exec_module
             return spec
     sys.meta_path.insert(0, Finder())

@@ -1,6 +1,7 @@
 """A rank that is not its shard's leader: plans in, its part of them done, hidden rows and results out.
 
     control thread: dial the leader, answer pings, hear Form and Abort      main thread: form, plans, leave, form ...
+    plans thread, where plans come before the one before is done: take them and make their arrays meanwhile
 
 It keeps its weights over any number of epochs and leaders; what it knows of sequences is an epoch's.
 """
@@ -13,20 +14,22 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from google.protobuf.message import DecodeError
 
 from kernels.peers import PeersBroken
 from pagetable.frames import BadFrame, Kind
 from quire_pb.worker.v1 import worker_pb2 as pb
+from worker.broadcast import Broadcast
 from worker.channel import Channel
 from worker.codec import decode_plan, encode_result
 from worker.group import Group
 from worker.layout import Part
 from worker.page_reads import answer_read
+from worker.plan import Plan
 from worker.ranks import DIGEST_BYTES, Chain
-from worker.runner import Runner
+from worker.runner import Prepared, Runner
 from worker.segment import Plan as SegmentPlan
 from worker.segment import Segment, Sizes, host_key
 from worker.ways import Ways
@@ -37,6 +40,10 @@ RETRY_SECONDS = 0.1
 LEADER_SECONDS = 10.0  # without a ping, which come every second: its host is gone, or it is stopped and will be ended
 
 
+class _NotPrepared(Exception):
+    """Of a plan, whose name is the text; the cause says why."""
+
+
 class Rank:
     """One follower.
 
@@ -45,6 +52,7 @@ class Rank:
         host: where other hosts reach this one; "" takes the address that the leader is dialled from.
         ways: how ranks talk to each other.
         on_fence: told why the leader wants this process to end; the default ends it.
+        is_ahead: several plans are in flight.
         others: as in `worker.ranks.Ranks`.
     """
 
@@ -59,10 +67,12 @@ class Rank:
         host: str = "",
         ways: Ways | None = None,
         on_fence: Callable[[str], None] | None = None,
+        *,
+        is_ahead: bool = False,
     ) -> None:
         self._part, self._runner, self._sizes, self._identity = part, runner, sizes, identity
         self._secret, self._leader, self._host = secret, leader, host
-        self._ways, self._on_fence = ways or Ways(), on_fence or _end_process
+        self._ways, self._on_fence, self._is_ahead = ways or Ways(), on_fence or _end_process, is_ahead
         self._size = SegmentPlan(part.layout, sizes).num_bytes
         self._forms: queue.SimpleQueue[pb.Form | None] = queue.SimpleQueue()
         self._lock = threading.RLock()  # of what follows; `stop` may interrupt who holds it
@@ -73,6 +83,7 @@ class Rank:
         self._is_over = True  # that epoch
         self._group: Group | None = None
         self._plans: Channel | None = None
+        self._taking: threading.Thread | None = None
         self._began = 0.0  # the step at hand
         self._steps = 0
         self._doing = ""
@@ -92,7 +103,7 @@ class Rank:
                 why = str(error)
             except Exception as error:
                 _log.exception("rank %d, epoch %d", self._part.rank, form.epoch)
-                why = f"{self._doing} failed ({type(error).__name__}{_first_line(error)})"
+                why = _failure(self._doing, error)
             self._leave(form, why)
             if not self._stopped.is_set():
                 self._be_ready()
@@ -137,7 +148,17 @@ class Rank:
         group.form()
         self._runner.reset(group)
         self._say(Kind.FORMED, pb.Formed(epoch=form.epoch, rank=self._part.rank))
-        broadcast = group.make_broadcast({0: plans})
+        source = self._take(group.make_broadcast({0: plans}))
+        for plan, prepared in self._take_ahead(source) if self._is_ahead else source:
+            self._doing = f"plan {plan.number}"
+            self._began = time.monotonic()
+            result = self._runner.carry_out(prepared)
+            self._began, self._steps = 0.0, self._steps + 1
+            if result is not None:
+                self._answer(plans, Kind.RESULT, encode_result(result))
+
+    def _take(self, broadcast: Broadcast) -> Iterator[tuple[Plan, Prepared]]:
+        """The epoch's plans as they come, ready to be carried out; ends with an error."""
         chain = Chain()
         while True:
             payload = broadcast.receive()
@@ -146,12 +167,31 @@ class Rank:
             data = payload[DIGEST_BYTES:]
             chain.add(data)
             plan = decode_plan(data)
-            self._doing = f"plan {plan.number}"
-            self._began = time.monotonic()
-            result = self._runner.run(plan)
-            self._began, self._steps = 0.0, self._steps + 1
-            if result is not None:
-                self._answer(plans, Kind.RESULT, encode_result(result))
+            try:
+                prepared = self._runner.prepare(plan)
+            except Exception as error:
+                raise _NotPrepared(f"plan {plan.number}") from error
+            yield plan, prepared
+
+    def _take_ahead(self, source: Iterator[tuple[Plan, Prepared]]) -> Iterator[tuple[Plan, Prepared]]:
+        """The same, taken by a thread of its own."""
+        taken: queue.SimpleQueue[tuple[Plan, Prepared] | Exception] = queue.SimpleQueue()
+
+        def take() -> None:
+            try:
+                for each in source:
+                    taken.put(each)
+            except Exception as error:
+                taken.put(error)
+
+        self._taking = threading.Thread(target=take, name="plans", daemon=True)
+        self._taking.start()
+        while not isinstance(found := taken.get(), Exception):
+            yield found
+        try:
+            raise found
+        finally:
+            del found  # its traceback has this frame, which would hold the epoch's sockets
 
     def _answer(self, plans: Channel, kind: Kind, payload: bytes) -> None:
         try:
@@ -166,11 +206,16 @@ class Rank:
         with self._lock:
             group, plans, self._group, self._plans = self._group, self._plans, None, None
             self._is_over = True
+        if plans is not None:
+            plans.shut()
+        if self._taking is not None:
+            if group is not None:
+                group.abort()
+            self._taking.join()
+            self._taking = None
         self._runner.reset(None)
         if group is not None:
             group.close()
-        if plans is not None:
-            plans.shut()
 
     def _be_ready(self) -> None:
         with self._lock:
@@ -264,9 +309,11 @@ class Rank:
                 control.send(kind, message.SerializeToString())
 
 
-def _first_line(error: Exception) -> str:
+def _failure(doing: str, error: BaseException) -> str:
+    if isinstance(error, _NotPrepared) and error.__cause__ is not None:
+        doing, error = str(error), error.__cause__
     text = str(error).partition("\n")[0]
-    return f": {text}" if text else ""
+    return f"{doing} failed ({type(error).__name__}{f': {text}' if text else ''})"
 
 
 def _end_process(why: str) -> None:

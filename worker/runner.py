@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -21,7 +22,7 @@ from worker.native_model import NativeModel
 from worker.page_moves import move_pages
 from worker.plan import Plan, StepResult, TokenLogprobs
 from worker.sampler import Sampler
-from worker.tables import Batch, TableMirror, ints
+from worker.tables import Batch, Ints, Moves, TableMirror, ints
 
 Model: TypeAlias = Decoder | NativeModel | GpuModel
 
@@ -29,6 +30,22 @@ Model: TypeAlias = Decoder | NativeModel | GpuModel
 MAX_SCORE_ROWS = 64
 NOT_FINITE = "the model's logits are not finite at this position"
 NOTHING_LEFT = "no token is left to sample: biases and masks leave none finite"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A plan, and what a rank's tables say to it.
+
+    Attributes:
+        copies: (source, target) blocks inside the rank's pool.
+        moves: between the groups' pools; None for none.
+        batch: None where the plan has no tokens.
+    """
+
+    plan: Plan
+    copies: tuple[Ints, Ints]
+    moves: Moves | None
+    batch: Batch | None
 
 
 class Runner:
@@ -71,28 +88,37 @@ class Runner:
         self.tables.tables.fill(-1)
         self.group = group
 
-    @torch.inference_mode()
+    def prepare(self, plan: Plan) -> Prepared:
+        """Change the tables as a plan says, and make the arrays of its step. Plans come in order, from one thread; the
+        step before may be running meanwhile."""
+        self.tables.apply(plan)
+        batch = self.tables.batch(plan, self.model.windows) if plan.num_tokens else None
+        return Prepared(plan, self.tables.copies(plan), self.tables.moves(plan), batch)
+
     def run(self, plan: Plan) -> StepResult | None:
-        """Carry out one step: admits, table changes, copies, forward pass, samples, scores.
+        """`prepare`, then `carry_out`."""
+        return self.carry_out(self.prepare(plan))
+
+    @torch.inference_mode()
+    def carry_out(self, prepared: Prepared) -> StepResult | None:
+        """One step whose table changes are made: admits, copies, forward pass, samples, scores.
 
         A sample row whose logits are not finite is named in `failed`, with token -1; the other rows are unharmed.
         Returns None where another rank answers. Raises PeersBroken where the epoch is over.
         """
+        plan, batch = prepared.plan, prepared.batch
         is_last = self.part is None or self.part.is_last
         if is_last:
             for admit in plan.admits:
                 self.sampler.admit(admit)
-        self.tables.apply(plan)
-        source, target = self.tables.copies(plan)
+        source, target = prepared.copies
         if len(source):
             self.cache.copy_pages(torch.from_numpy(source), torch.from_numpy(target))
-        moves = self.tables.moves(plan)
-        if moves is not None:
+        if prepared.moves is not None:
             assert self.group is not None and self.group.slice is not None, "several groups are several ranks"
-            move_pages(self.group.slice, self.cache, moves)
+            move_pages(self.group.slice, self.cache, prepared.moves)
         result = StepResult(plan.number, array("i"))
-        if plan.num_tokens:
-            batch = self.tables.batch(plan, self.model.windows)
+        if batch is not None:
             fill_tokens(batch.tokens.numpy(), self._found)
             hidden = self._forward(plan, batch)
             if is_last:

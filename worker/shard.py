@@ -204,7 +204,8 @@ def build_rank(
     """A rank that follows. See `worker.rank.Rank`."""
     part = spec.layout.part(spec.model, rank)
     runner = build_runner(spec, rank, threads, progress)
-    return Rank(part, runner, spec.sizes(), spec.identity, secret, leader, host, spec.ways, on_fence)
+    is_ahead = spec.config.max_in_flight > 1
+    return Rank(part, runner, spec.sizes(), spec.identity, secret, leader, host, spec.ways, on_fence, is_ahead=is_ahead)
 
 
 def build_model(

@@ -85,6 +85,40 @@ def test_a_rank_whose_step_raises_ends_the_epoch_by_its_name_and_the_plan_and_al
         assert all(rank.is_alive() for _, rank in it.followers.values())  # the same ones: nothing was started anew
 
 
+def test_a_rank_of_a_later_stage_prepares_a_plan_while_the_one_before_runs(small: ModelConfig) -> None:
+    def wait(runner: Recorder, plan: Plan) -> None:
+        if plan.number == 0:
+            until(lambda: 1 in runner.prepared)
+
+    with threads(small, Layout(1, 2), {1: wait}) as it:
+        it.ranks.begin(1)
+        for number in range(2):
+            it.ranks.send(Plan(PlanNumber(number)))
+        assert [it.ranks.receive().tokens[0] for _ in range(2)] == [it.expected(number) for number in range(2)]
+        assert it.runners[1].seen == it.runners[1].prepared == [0, 1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_plan_that_cannot_be_prepared_ends_the_epoch_by_its_number(layout: Layout, small: ModelConfig) -> None:
+    last = layout.num_ranks - 1
+    with threads(small, layout) as it:
+        runner = it.runners[last]
+        prepare = runner.prepare
+
+        def refuse(plan: Plan) -> Plan:
+            if plan.number == 1 and runner.resets == [1]:
+                raise ValueError("no such slot")
+            return prepare(plan)
+
+        runner.prepare = refuse  # type: ignore[method-assign]
+        it.ranks.begin(1)
+        it.step(0)
+        with pytest.raises(EpochOver, match=rf"rank {last}: plan 1 failed \(ValueError: no such slot\)"):
+            it.step(1)
+        it.ranks.begin(2)
+        assert it.step(1) == it.expected(1)
+
+
 def test_a_leader_whose_step_raises_ends_the_epoch_by_its_name_and_the_plan(small: ModelConfig) -> None:
     with threads(small, Layout(2), {0: fail("no such page", 1)}) as it:
         it.ranks.begin(1)
