@@ -8,7 +8,8 @@ another. Steal and foreign load slow both sides of a pair, so trust ratios.
 Two cores of a virtual machine may share a path to memory or not, and its host changes that within seconds: two readers
 get 1.2 or 2.0 times the rate of one. So each turn of several cores is set between two looks at that, and ratios are
 also given for the turns in which memory kept up with both; and work that does little but read is set beside two ranks
-apart, too, which find memory in the same state. Where 1.7 times one rank is asked, 0.85 of those are.
+apart, too, which find memory in the same state. Goals beside those are no issue's: 0.85 of them is what 1.7 times one
+rank would be if memory kept up with both.
 """
 
 from __future__ import annotations

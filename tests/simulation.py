@@ -241,9 +241,8 @@ class Stream:
 
 
 class WatchedScheduler(ShardScheduler):
-    """Asserts the promises on preemption at the moment of each, and counts pages computed again."""
+    """Asserts the promises on preemption at the moment of each."""
 
-    num_recomputed = 0
     failed = False  # pages that never came are given up by whoever took them over
 
     def abandon(self, why: str) -> list[TokenOutput]:
@@ -258,10 +257,6 @@ class WatchedScheduler(ShardScheduler):
         assert self.failed or not younger, "a sequence was preempted while a younger one runs"
         super()._preempt(sequence)
         assert self.failed or sequence.preemptions <= self.config.max_preemptions, "preempted too often"
-
-    def _rewind(self, sequence: Sequence) -> None:
-        self.num_recomputed += 1
-        super()._rewind(sequence)
 
 
 class Simulation:

@@ -88,6 +88,10 @@ def test_copies_are_those_of_the_column_and_group() -> None:
     for (column, group), copies in expected.items():
         source, target = TableMirror(3, 3, SIZE, column, group).copies(two_groups())
         assert (source.tolist(), target.tolist()) == copies
+    alone = two_groups()
+    alone.copy_from = alone.copy_to = array("i", (0, 0, 0, 0))
+    source, target = TableMirror(3, 3, SIZE, 1).copies(alone)
+    assert (source.tolist(), target.tolist()) == ([11, 12, 13, 19], [14, 15, 16, 18])
     empty = Plan(PlanNumber(1))
     source, target = TableMirror(3, 3, SIZE).copies(empty)
     assert len(source) == len(target) == 0

@@ -148,15 +148,16 @@ def test_a_copy_without_room_in_its_group_goes_to_another() -> None:
 
 def test_a_copy_evicts_a_cached_page_of_its_group() -> None:
     pool = pool_of((6, 6))
-    cached, table = table_of(pool, 4, size=4), table_of(pool, 7, size=4)
+    cached, table = table_of(pool, 12, size=4), table_of(pool, 3, size=4)
     seal(cached, "c")
-    child = table.fork(7)
-    assert [pool.groups(t.pages) for t in (cached, table)] == [[0], [1, 0]]
-    fill(pool, 0)
+    child = table.fork(3)
+    assert [pool.groups(t.pages) for t in (cached, table)] == [[0, 1, 0], [1]]
+    fill(pool, 1)
+    first = Page(cached.pages[0])
     cached.free()
     found = child.append(1, PLAN)
-    assert found is not None and pool.groups(found) == [0, 0]
-    assert (pool.num_evictions, list(pool.order)) == (1, [])
+    assert found is not None and pool.groups(found) == [1, 1]
+    assert (pool.num_evictions, list(pool.order)) == (2, [first]), "leaves went before what they hang on"
 
 
 # Moves
@@ -368,6 +369,27 @@ def test_a_decode_whose_copy_has_no_room_in_its_group_has_it_in_another() -> Non
     shard.scheduler.retire(StepResult(plan.number, array("i", [7, 7, 7])))
     for page in taken:
         pool.free(page)
+
+
+def test_nobody_finds_a_page_that_a_failed_plan_was_to_move() -> None:
+    shard = Shard(pool_of((60, 60), (60, 70)))
+    prompt = list(range(34))
+    shard.add("r", prompt, max_tokens=20)
+    shard.step()
+    table = shard.scheduler.running[0].table
+    for index in (1, 3):
+        table.move(index, 0, PLAN)
+        shard.pool.publish(Page(table.pages[index]))
+    assert table.held == [7, 2]
+    plan = shard.scheduler.schedule()
+    assert plan is not None and (list(plan.copy_from), list(plan.copy_to)) == ([0, 0], [1, 1])
+    first = min(plan.table_index)
+    assert 0 < first < 8
+    (ended,) = shard.scheduler.abandon("planted")
+    shard.scheduler.check()
+    assert ended.request_id == "r" and shard.pool.num_used == 0
+    shard.add("again", prompt)
+    assert shard.step().num_tokens == len(prompt) - 4 * first
 
 
 @pytest.mark.parametrize("sizes", [(1, 9), (5, 5), (3, 3, 4)])

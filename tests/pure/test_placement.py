@@ -181,6 +181,9 @@ def test_what_a_step_attends_is_even(shape: str, num_groups: int, ends: bool) ->
     few = [a for a in steps if sum(a) < 16 * len(a)]
     assert sum(max(a) > sum(a) / len(a) + 1 for a in few) <= 0.005 * len(few)  # pages of several tables stay
     assert all(max(a) <= sum(a) / len(a) + 2 for a in steps)
+    if num_groups < 8:
+        ratios = sorted(max(a) * len(a) / sum(a) for a in steps if sum(a) >= 16 * len(a))
+        assert ratios[len(ratios) // 2] <= 1.025 and ratios[-1 - len(ratios) // 100] <= 1.08
     assert num_moves <= 0.1 * len(steps)
 
 
