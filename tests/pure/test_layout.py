@@ -79,7 +79,7 @@ def covered(cuts: list[dict[str, Slice]], config: ModelConfig, name: str, dimens
 
 
 def costs(config: ModelConfig) -> tuple[int, int, int]:
-    """Weights of a layer without its MLP's rows, of one of those rows, and half of the head's."""
+    """Weights of a layer without its MLP's rows, of one of those rows, and three quarters of the head's."""
     sizes = {
         name.removeprefix("model.layers.0."): math.prod(shape)
         for name, shape in config.tensor_shapes().items()
@@ -89,7 +89,7 @@ def costs(config: ModelConfig) -> tuple[int, int, int]:
         size for name, size in sizes.items() if "gate" in name or "up_proj" in name or name == "mlp.down_proj.weight"
     )
     each = rows // config.intermediate_size
-    return sum(sizes.values()) - rows, each, config.vocab_size * config.hidden_size // 2
+    return sum(sizes.values()) - rows, each, config.vocab_size * config.hidden_size * 3 // 4
 
 
 def loads(config: ModelConfig, stages: Sequence[Stage]) -> list[int]:
@@ -193,7 +193,7 @@ class TestParts:
                 assert part.heads and part.kv_heads and part.mlp and part.vocab and part.layers
 
     def test_both_parts_of_a_cut_mlp_are_dealt_over_the_tensor_ranks(self) -> None:
-        config = model(num_hidden_layers=3, intermediate_size=150, mlp_bias=True)
+        config = model(num_hidden_layers=3, intermediate_size=150, mlp_bias=True, vocab_size=213)
         parts = Layout(2, 2).parts(config)
         assert [part.layers for part in parts] == [range(2)] * 2 + [range(2, 3)] * 2
         assert [part.mlp for part in parts] == [range(80), range(80, 150)] * 2
@@ -246,7 +246,7 @@ class TestParts:
 
 
 class TestStages:
-    def test_half_of_the_head_counts_and_the_embedding_does_not(self) -> None:
+    def test_three_quarters_of_the_head_count_and_the_embedding_does_not(self) -> None:
         one_piece = {"num_hidden_layers": 13, "intermediate_size": MLP_UNIT}
         config = model(vocab_size=1, **one_piece)
         even = [len(stage.layers) for stage in Layout(1, 4).stages(config)]
@@ -256,7 +256,7 @@ class TestStages:
             for name, shape in config.tensor_shapes().items()
             if name.startswith("model.layers.0.")
         )
-        heavy = model(vocab_size=6 * size // 64, **one_piece)
+        heavy = model(vocab_size=4 * size // 64, **one_piece)
         assert [len(stage.layers) for stage in Layout(1, 4).stages(heavy)] == [4, 4, 4, 1]
 
     @pytest.mark.parametrize("seed", range(4))
@@ -290,11 +290,11 @@ class TestStages:
     def test_two_of_shape_mid_are_even(self) -> None:
         config = model(**MID)
         first, last = stages = Layout(1, 2).stages(config)
-        assert first == Stage(range(13), range(7 * 304), range(0))  # 12 layers, an attention, 7 / 16 of an MLP
-        assert last == Stage(range(13, 24), range(4864), range(7 * 304, 4864))
+        assert first == Stage(range(13), range(11 * 304), range(0))  # 12 layers, an attention, 11 / 16 of an MLP
+        assert last == Stage(range(13, 24), range(4864), range(11 * 304, 4864))
         found = loads(config, stages)
         assert max(found) < 1.003 * sum(found) / 2
-        assert whole_layers(config, 2)[1] > 1.03 * sum(found) / 2
+        assert whole_layers(config, 2)[1] > 1.02 * sum(found) / 2
 
     def test_a_layer_has_at_most_sixteen_pieces(self) -> None:
         """All shares of the middle one of three, as the head grows: the ends of its pieces."""
@@ -306,7 +306,7 @@ class TestStages:
             assert 5 < len(ends) <= 16 and all(end == 1600 or end % unit == 0 for end in ends)
 
     def test_a_cut_that_wins_little_is_between_layers(self) -> None:
-        config = model(num_hidden_layers=126, vocab_size=1600)
+        config = model(num_hidden_layers=126, vocab_size=1066)
         stages = Layout(1, 2).stages(config)
         assert [len(stage.layers) for stage in stages] == [63, 63] and stages[1].carried_mlp == range(0)
         assert max(loads(config, stages)) > 1.004 * sum(loads(config, stages)) / 2
