@@ -19,11 +19,14 @@ import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kernels import cpu
 
 LINE, PAGE = 64, 4096  # bytes
+BEST_BYTES = 3 * 4  # of a row in `Peers.best`: token, value, total
 
 _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
 _BROKEN = 3  # kBroken in csrc/peers.h
@@ -57,6 +60,7 @@ _EXCHANGE = ctypes.CFUNCTYPE(_INT, _ADDRESS, _INT, _INT)
 _SIGNATURES = {
     "quire_exchange": (_INT, ctypes.POINTER(PeersStruct), _INT),
     "quire_shared_exchange": (_INT, _ADDRESS, _INT, _INT),
+    "quire_best_of_ranks": (_INT, ctypes.POINTER(PeersStruct), _INT, *(_ADDRESS,) * 3),
     "quire_count_await": (_INT, _ADDRESS, ctypes.c_uint32),
     "quire_count_advance": (None, _ADDRESS),
     "quire_count_fail": (None, _ADDRESS),
@@ -99,6 +103,24 @@ class Peers(ABC):
         if self._library.quire_exchange(self.struct, num_bytes):
             raise self.broken()
         return [each[:num_bytes] for each in views]
+
+    def best(
+        self, tokens: npt.NDArray[np.int32], values: npt.NDArray[np.float32], totals: npt.NDArray[np.float32]
+    ) -> None:
+        """Meet all ranks, each with what it found of some rows in its part of the columns; leave what that is in all.
+
+        Args:
+            tokens: int32 [R], each row's column of the largest value, of equal values the lowest.
+            values: float32 [R], that value.
+            totals: float32 [R], the sum of the row.
+
+        Raises:
+            PeersBroken; ValueError where a region does not hold so many rows.
+        """
+        self._check(BEST_BYTES * len(tokens))
+        arrays = (each.ctypes.data for each in (tokens, values, totals))
+        if self._library.quire_best_of_ranks(self.struct, len(tokens), *arrays):
+            raise self.broken()
 
     def broken(self) -> PeersBroken:
         """The error of a broken group."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from kernels.decoder import Head
-from kernels.peers import Peers
-
-_FOUND = 3 * 4  # token, logit, sum: bytes of one row
+from kernels.peers import BEST_BYTES, Peers
 
 
 def row_bytes(widest: int, *, logits: bool) -> int:
@@ -18,60 +18,44 @@ def row_bytes(widest: int, *, logits: bool) -> int:
     Args:
         widest: rows of the vocabulary that the rank with the most of them has.
     """
-    return _FOUND + (4 * widest if logits else 0)
+    return 4 * widest if logits else BEST_BYTES
 
 
 def gather_head(peers: Peers, found: Head, widths: tuple[int, ...]) -> Head:
-    """The whole vocabulary's answer from each rank's; one exchange for as many rows as a region holds.
+    """The whole vocabulary's answer from each rank's; exchanges of as many rows as a region holds.
 
     Args:
-        found: of this rank's part, `tokens` counted over the whole vocabulary.
+        found: of this rank's part, `tokens` counted over the whole vocabulary; they are changed.
         widths: rows of the vocabulary on each rank; the parts follow one another.
 
     Raises:
         PeersBroken: the epoch is over.
     """
-    with_logits, rows = found.logits is not None, len(found.tokens)
-    each = row_bytes(max(widths), logits=with_logits)
-    most = max(1, peers.capacity // each)
-    parts = [_exchange(peers, found, slice(at, min(at + most, rows)), widths) for at in range(0, rows, most)]
-    if not parts:
+    for rows in _pieces(peers, found, logits=False, widest=max(widths)):
+        peers.best(found.tokens[rows], found.values[rows], found.totals[rows])
+    if found.logits is None or not len(found.tokens):
         return found
-    tokens, values, totals = (np.concatenate([part[i] for part in parts]) for i in range(3))
-    logits = torch.cat([part[3] for part in parts]) if with_logits else None
-    return Head(tokens, values, totals, logits)
+    pieces = _pieces(peers, found, logits=True, widest=max(widths))
+    logits = torch.cat([_exchange_logits(peers, found.logits[rows], widths) for rows in pieces])
+    return replace(found, logits=logits)
 
 
-def _exchange(
-    peers: Peers, found: Head, rows: slice, widths: tuple[int, ...]
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32], torch.Tensor]:
-    count = rows.stop - rows.start
-    with_logits = found.logits is not None
-    size = count * row_bytes(max(widths), logits=with_logits)
-    own = peers.own(size)
-    numbers = own[: count * _FOUND].numpy()
-    numbers[: 4 * count] = found.tokens[rows].view(np.uint8)
-    numbers[4 * count : 8 * count] = found.values[rows].view(np.uint8)
-    numbers[8 * count :] = found.totals[rows].view(np.uint8)
-    if found.logits is not None:
-        width = found.logits.shape[1]
-        part = own[count * _FOUND : count * (_FOUND + 4 * width)].view(torch.float32).view(count, width)
-        part.copy_(found.logits[rows])
+def _pieces(peers: Peers, found: Head, *, logits: bool, widest: int) -> list[slice]:
+    """Rows that go over together."""
+    rows, most = len(found.tokens), max(1, peers.capacity // row_bytes(widest, logits=logits))
+    return [slice(at, min(at + most, rows)) for at in range(0, rows, most)]
+
+
+def _exchange_logits(peers: Peers, logits: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
+    count, width = logits.shape
+    size = count * row_bytes(max(widths), logits=True)
+    peers.own(size)[: 4 * count * width].view(torch.float32).view(count, width).copy_(logits)
     regions = peers.exchange(size)
-    fields = [region[: count * _FOUND].numpy().reshape(3, 4 * count) for region in regions]
-    tokens = np.stack([each[0].view(np.int32) for each in fields])
-    values = np.stack([each[1].view(np.float32) for each in fields])
-    totals = np.stack([each[2].view(np.float32) for each in fields]).sum(0, dtype=np.float32)
-    # of equal logits the lowest id, and that is the lowest rank's; NaN shows in the totals
-    best = np.argmax(values, axis=0)[None]
-    logits = torch.empty(0)
-    if with_logits:
-        pieces = [
-            region[count * _FOUND : count * (_FOUND + 4 * width)].view(torch.float32).view(count, width)
-            for region, width in zip(regions, widths, strict=True)
-        ]
-        logits = torch.cat(pieces, dim=1)
-    return np.take_along_axis(tokens, best, 0)[0], np.take_along_axis(values, best, 0)[0], totals, logits
+    pieces = [
+        region[: 4 * count * width].view(torch.float32).view(count, width)
+        for region, width in zip(regions, widths, strict=True)
+    ]
+    return torch.cat(pieces, dim=1)
 
 
 def share_tokens(peers: Peers, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:

@@ -163,6 +163,11 @@ class Runner:
         head = self._head(hidden, ints(plan.sample_row).astype(np.int64), logits=not plain)
         # any NaN or infinity makes the row's sum one
         finite = np.isfinite(head.totals)
+        if (head.logits is None or not self.answers) and finite.all():
+            self.sampler.count(plan.sample_slot)
+            result.tokens = array("i", head.tokens.tobytes())
+            self._share(result, head)
+            return
         result.failed = dict.fromkeys(np.flatnonzero(~finite).tolist(), NOT_FINITE)
         entries = np.flatnonzero(finite).tolist()
         if head.logits is None or not self.answers:

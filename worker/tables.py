@@ -116,13 +116,15 @@ class TableMirror:
         Pages of other groups are not listed: a row may have none.
         """
         query_start, first, slots = ints(plan.query_start), ints(plan.first_position), ints(plan.slots)
-        lengths = np.diff(query_start)
+        lengths = query_start[1:] - query_start[:-1]
         _check_range("slots", slots, self.tables.shape[0])
         num_pages = -(-(first + lengths) // self.block_size)
         _check_range("first_position", num_pages, self.tables.shape[1] + 1)
-        row_of_token = np.repeat(np.arange(len(slots)), lengths)
-        positions = np.arange(len(row_of_token)) + np.repeat(first - query_start[:-1], lengths)
-        blocks = self.tables[slots[row_of_token], positions // self.block_size].astype(np.int64)
+        slot_of_token, positions = slots, first.astype(np.int64)
+        if len(plan.tokens) != len(slots):  # some row has more than one
+            slot_of_token = np.repeat(slots, lengths)
+            positions = np.arange(query_start[-1]) + np.repeat(first - query_start[:-1], lengths)
+        blocks = self.tables[slot_of_token, positions // self.block_size].astype(np.int64)
         first_position = torch.from_numpy(first)
         return Batch(
             tokens=torch.from_numpy(ints(plan.tokens).astype(np.int64)),
@@ -141,7 +143,7 @@ class TableMirror:
 
     def _pages(self, slots: Ints, first: Ints, num_pages: Ints, window: int) -> PageList:
         # the first query, at `first`, sees keys from first - window + 1 on; later ones see less of the past
-        first_page = np.maximum(first - window + 1, 0) // self.block_size if window else np.zeros_like(first)
+        first_page = np.maximum(first - window + 1, 0) // self.block_size if window else np.zeros(len(first), np.int32)
         counts = num_pages - first_page
         start = np.zeros(len(slots) + 1, dtype=np.int32)
         np.cumsum(counts, out=start[1:])
@@ -166,5 +168,5 @@ def ints(values: array[int]) -> Ints:
 
 def _check_range(name: str, values: Ints, limit: int) -> None:
     """numpy would take a negative index from the end: a wrong page instead of an error."""
-    if values.size and not (values.min() >= 0 and values.max() < limit):
+    if values.size and values.view(np.uint32).max() >= limit:  # a negative one is a large one there
         raise InvariantBroken(f"plan: {name}: got {values.min()} to {values.max()}, must be from 0 to {limit - 1}")

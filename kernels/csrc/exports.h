@@ -77,6 +77,11 @@ QUIRE_EXPORT void quire_pack(const char* const* rows, int64_t panels, int64_t co
 QUIRE_EXPORT int64_t quire_exchange(quire::Peers* peers, int64_t bytes);
 QUIRE_EXPORT int64_t quire_shared_exchange(void* context, int64_t parity, int64_t bytes);
 
+// One exchange after which `tokens`, `values` and `totals` of each row are those of all ranks' logits: of equal values
+// the lowest rank's. A region holds 12 bytes of each row.
+QUIRE_EXPORT int64_t quire_best_of_ranks(quire::Peers* peers, int64_t rows, int32_t* tokens, float* values,
+                                         float* totals);
+
 // A SharedCount: waits until it has come to `least`, adds one, breaks it for good, tells whether it is broken.
 QUIRE_EXPORT int64_t quire_count_await(quire::SharedCount* count, uint32_t least);
 QUIRE_EXPORT void quire_count_advance(quire::SharedCount* count);

@@ -7,6 +7,7 @@
 
 #include <chrono>
 #include <climits>
+#include <cstring>
 
 #include "exports.h"
 #include "relax.h"
@@ -65,4 +66,24 @@ int64_t quire_shared_exchange(void* context, int64_t, int64_t) {
         return meeting.passed.is_broken() ? quire::kBroken : 0;
     }
     return meeting.passed.await(passed + 1);
+}
+
+int64_t quire_best_of_ranks(quire::Peers* peers, int64_t rows, int32_t* tokens, float* values, float* totals) {
+    const size_t column = (size_t)rows * 4;
+    char* const own = peers->turn_regions()[peers->rank];
+    std::memcpy(own, tokens, column);
+    std::memcpy(own + column, values, column);
+    std::memcpy(own + 2 * column, totals, column);
+    if (quire::exchange(*peers, 3 * (int64_t)column)) return quire::kBroken;
+    char* const* const regions = peers->last_regions();
+    for (int64_t rank = 0; rank < peers->size; rank++) {
+        const auto* const token = reinterpret_cast<const int32_t*>(regions[rank]);
+        const auto* const value = reinterpret_cast<const float*>(regions[rank] + column);
+        const auto* const total = reinterpret_cast<const float*>(regions[rank] + 2 * column);
+        for (int64_t row = 0; row < rows; row++) {
+            if (rank == 0 || value[row] > values[row]) tokens[row] = token[row], values[row] = value[row];
+            totals[row] = rank == 0 ? total[row] : totals[row] + total[row];
+        }
+    }
+    return 0;
 }
