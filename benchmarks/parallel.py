@@ -1,26 +1,31 @@
 """Layouts beside one rank, in the same minutes: what tensor, page and pipeline ranks win on this machine's cores.
 
-    python -m benchmarks.parallel --model DIR [--cases decode:8,prefill,...]
+    python -m benchmarks.parallel --model DIR [--cases decode:8,prefill,...] [--await-memory 60]
 
 Every engine of a case is up at once and they take turns; a ratio is the median over rounds of turns that followed one
 another. Steal and foreign load slow both sides of a pair, so trust ratios.
 
 Two cores of a virtual machine may share a path to memory or not, and its host changes that within seconds: two readers
 get 1.2 or 2.0 times the rate of one. So each turn of several cores is set between two looks at that, and ratios are
-also given for the turns in which memory kept up with both; and work that does little but read is set beside two ranks
-apart, too, which find memory in the same state. Goals beside those are no issue's: 0.85 of them is what 1.7 times one
-rank would be if memory kept up with both.
+also given for the turns in which memory kept up with both. A host spreads cores that are busy, and puts one that wakes
+beside another: `--await-memory` keeps both from ever halting, as a kernel booted with idle=poll would, and begins a
+turn when memory keeps up. Work that does little but read is set beside two ranks apart, too, which find memory in the
+same state. Goals beside those are no issue's: 0.85 of them is what 1.7 times one rank would be if memory kept up.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,7 +186,14 @@ class Readers:
     def __init__(self, num_bytes: int = 1 << 28) -> None:
         self._words = torch.ones(num_bytes // 4)  # more than caches hold
 
-    def look(self) -> float:
+    def look(self, patience: float = 0.0) -> float:
+        """Args: patience: seconds to wait until it is `KEEPS_UP`."""
+        end = time.perf_counter() + patience
+        while (found := self._look()) < KEEPS_UP and time.perf_counter() < end:
+            time.sleep(0.2)
+        return found
+
+    def _look(self) -> float:
         before, seconds = torch.get_num_threads(), []
         for threads in (1, 2):
             torch.set_num_threads(threads)
@@ -196,7 +208,33 @@ class Readers:
         return time.perf_counter() - start
 
 
-def run(name: str, case: Case, model: str, rounds: int, dtype: str, as_json: bool) -> None:
+class Awake:
+    """Two cores that never halt: on each a process that runs where nothing else wants to, and does nothing."""
+
+    # of a session of its own, whose share of a core the system's autogroups would make as large as a rank's
+    _CODE = """import os, sys
+os.setsid()
+os.sched_setaffinity(0, {int(sys.argv[1])})
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+try:
+    open("/proc/self/autogroup", "w").write("19")
+except OSError:
+    pass  # a system without them
+while True:
+    pass
+"""
+
+    def __enter__(self) -> None:
+        cpus = sorted(os.sched_getaffinity(0))[:2]
+        self._processes = [subprocess.Popen([sys.executable, "-c", self._CODE, str(cpu)]) for cpu in cpus]
+
+    def __exit__(self, *_: object) -> None:
+        for each in self._processes:
+            each.kill()
+            each.wait()
+
+
+def run(name: str, case: Case, model: str, rounds: int, dtype: str, as_json: bool, patience: float) -> None:
     longest = 2048 + 256 if ":32768" not in name else 32768 + 512
     base = {"dtype": dtype, "max_model_len": longest, "max_num_seqs": 128, "kv_cache_memory_bytes": 1 << 30}
     engines = {each: LLM(model, **base, **settings) for each, settings in case.engines.items()}
@@ -210,7 +248,7 @@ def run(name: str, case: Case, model: str, rounds: int, dtype: str, as_json: boo
             _at_once(case.apart, pair)
         for _ in range(rounds):
             for each, llm in engines.items():
-                before = readers.look()
+                before = readers.look(patience)
                 rates[each].append(case.measure(llm))
                 keeps.setdefault(each, []).append(min(before, readers.look()) >= KEEPS_UP)
             if case.apart is not None:
@@ -243,9 +281,14 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--await-memory", type=float, metavar="SECONDS", help="keep cores awake, and begin turns when memory keeps up"
+    )
     found = parser.parse_args()
-    for name in found.cases.split(","):
-        run(name, CASES[name], found.model, found.rounds, found.dtype, found.json)
+    patience: float = found.await_memory or 0.0
+    with Awake() if found.await_memory is not None else nullcontext():
+        for name in found.cases.split(","):
+            run(name, CASES[name], found.model, found.rounds, found.dtype, found.json, patience)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from launch.machine import available_cores
+from launch.machine import available_cores, has_whole_cores
 from pagetable.errors import ConfigError, NotSupported
 from pagetable.ids import MAX_BLOCKS
 from worker.layout import Layout
@@ -178,6 +178,7 @@ class EngineConfig:
     threads: int | None = setting(
         None, "int", "CPU threads of each rank; default: its share of the cores", low=1, high=1024, optional=True
     )
+    pin_threads: bool = setting(True, "bool", "each of several ranks stays on cores of its own, where there are enough")
     tensor_parallel_size: int = setting(1, "int", "ranks that split each layer", low=1, high=1024, short="-tp")
     pipeline_parallel_size: int = setting(1, "int", "stages of layers", low=1, high=1024, short="-pp")
     page_parallel_size: int = setting(
@@ -226,6 +227,10 @@ class EngineConfig:
     def num_threads(self) -> int:
         """Of each rank: `threads`, or its share of the cores that this process may use."""
         return self.threads if self.threads is not None else max(1, available_cores() // self.layout.num_ranks)
+
+    def pins(self, num_ranks: int, threads: int) -> bool:
+        """Whether so many ranks shall each stay on their cores."""
+        return self.pin_threads and self.layout.num_ranks > 1 and has_whole_cores(num_ranks * threads)
 
 
 SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in dataclasses.fields(EngineConfig)}

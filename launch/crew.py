@@ -134,8 +134,14 @@ def _parsed(line: str) -> Mapping[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def rank_settings(spec: ShardSpec, threads: int, secret: bytes, leader: tuple[str, int]) -> list[dict[str, Any]]:
-    """What `python -m worker` gets for each rank behind the first."""
+def rank_settings(
+    spec: ShardSpec, threads: int, secret: bytes, leader: tuple[str, int], pin: bool = False
+) -> list[dict[str, Any]]:
+    """What `python -m worker` gets for each rank behind the first.
+
+    Args:
+        pin: ranks claim cores.
+    """
     common = {
         "folder": str(spec.folder),
         "dtype": spec.dtype,
@@ -144,6 +150,7 @@ def rank_settings(spec: ShardSpec, threads: int, secret: bytes, leader: tuple[st
         "layout": dataclasses.asdict(spec.layout),
         "ways": dataclasses.asdict(spec.ways),
         "threads": threads,
+        "pin": pin,
         "secret": secret.hex(),
         "leader": list(leader),
     }

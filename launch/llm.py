@@ -32,6 +32,7 @@ from launch.outputs import Collector, CompletionOutput, RequestOutput
 from launch.progress import RankProgress, loading_bar, summed
 from pagetable.errors import AlreadyExists, InvalidRequest, NotFound, QuireError, RequestFailed
 from pagetable.sampling import Limits, Request, SamplingParams
+from worker.cores import Cores
 from worker.loop import EpochOver, Loop
 from worker.model_config import ModelConfig
 from worker.ranks import Ranks
@@ -332,17 +333,19 @@ class LLM:
         own = None if progress is None else partial(progress, 0)
         if config.layout.num_ranks == 1:
             return make_loop(spec, make_pipe(spec, build_runner(spec, 0, config.num_threads, own)))
-        secret = secrets.token_bytes(32)
-        ranks = make_ranks(spec, secret)
+        secret, threads = secrets.token_bytes(32), config.num_threads
+        pin = config.pins(config.layout.num_ranks, threads)
+        ranks = make_ranks(spec, secret, Cores.claim(threads) if pin else None)
         self._crew = crew = Crew(
-            rank_settings(spec, config.num_threads, secret, ranks.listen("127.0.0.1", 0)),
-            rank_environment(config.num_threads),
+            rank_settings(spec, threads, secret, ranks.listen("127.0.0.1", 0), pin),
+            rank_environment(threads),
             progress,
             ranks.close,
         )
         weakref.finalize(self, crew.close)
         try:
-            ranks.runner = build_runner(spec, 0, config.num_threads, own)
+            with ranks.cores.hold():
+                ranks.runner = build_runner(spec, 0, threads, own)
             ranks.begin(1)
         except EpochOver:
             raise crew.failure or RequestFailed("the engine's ranks did not come together") from None

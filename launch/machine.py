@@ -26,11 +26,16 @@ def available_cores(root: Path = ROOT, affinity: int | None = None) -> int:
         root: where `proc` and `sys` are (tests hand in a folder).
         affinity: cores that the process may run on; None asks the system.
     """
-    if affinity is None:
-        affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    affinity = _affinity() if affinity is None else affinity
     quotas = [quota for folder in _folders(root, "cpu") if (quota := _cpu_quota(folder)) is not None]
     # A quota of 1.5 cores keeps two threads busy three quarters of the time, which beats one thread all the time.
     return max(1, min([affinity, *(math.ceil(quota) for quota in quotas)]))
+
+
+def has_whole_cores(count: int, root: Path = ROOT, affinity: int | None = None) -> bool:
+    """Whether so many threads may each have a core to itself: no quota says that this process shares its cores."""
+    affinity = _affinity() if affinity is None else affinity
+    return count <= affinity == available_cores(root, affinity)
 
 
 def available_memory(root: Path = ROOT) -> int | None:
@@ -41,6 +46,10 @@ def available_memory(root: Path = ROOT) -> int | None:
         if name == "MemAvailable":
             rooms.append(int(value.split()[0]) * 1024)
     return max(0, min(rooms)) if rooms else None
+
+
+def _affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _folders(root: Path, controller: str) -> Iterator[Path]:

@@ -87,6 +87,7 @@ def make_plan(config: ServeConfig, engine: EngineConfig) -> tuple[ServicePlan, l
                 "dtype": memory.dtype,
                 "model": name,
                 "threads": threads,
+                "pin": engine.pins(num_ranks, threads),
                 "device": device,
                 "shard": dataclasses.asdict(memory.shard),
                 "step_limit": limit,

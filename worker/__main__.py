@@ -86,6 +86,11 @@ def _loading(done: int, total: int) -> None:
 
 def _follow(settings: dict[str, Any]) -> int:
     """A rank that is not the leader, until stdin ends or SIGTERM comes."""
+    from worker.cores import Cores
+
+    cores = Cores.claim(settings["threads"]) if settings.get("pin") else Cores()
+    cores.stay()  # and whatever thread torch may start
+
     from worker.shard import build_rank
 
     secret, (host, port) = bytes.fromhex(settings["secret"]), settings["leader"]
@@ -107,6 +112,7 @@ def _follow(settings: dict[str, Any]) -> int:
 
 
 def _build(settings: dict[str, Any]) -> Any:
+    from worker.cores import Cores
     from worker.server import ShardServer
     from worker.shard import build_runner, make_loop, make_pipe, make_ranks, page_identity
 
@@ -114,10 +120,11 @@ def _build(settings: dict[str, Any]) -> Any:
     secret, threads, epoch = bytes.fromhex(settings["secret"]), settings["threads"], settings["epoch"]
     ranks = None
     if spec.layout.num_ranks > 1:
-        ranks = make_ranks(spec, secret)
+        ranks = make_ranks(spec, secret, Cores.claim(threads) if settings.get("pin") else None)
         ranks.step_seconds = STEP_PART * settings["step_limit"]
         ranks.listen(*settings["leader"])
-        ranks.runner = build_runner(spec, 0, threads, _loading)
+        with ranks.cores.hold():
+            ranks.runner = build_runner(spec, 0, threads, _loading)
         epoch = ranks.begin(epoch)
         loop = make_loop(spec, ranks)
     else:

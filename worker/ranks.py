@@ -25,6 +25,7 @@ from pagetable.frames import BadFrame, Kind
 from quire_pb.worker.v1 import worker_pb2 as pb
 from worker.broadcast import Broadcast
 from worker.codec import decode_result, encode_plan
+from worker.cores import Cores
 from worker.group import Group, needs_store
 from worker.layout import Part
 from worker.loop import EpochOver
@@ -62,6 +63,7 @@ class Ranks:
         ways: how ranks talk to each other.
         overlaps: with one stage, too, the leader's own part runs on a thread of its own (asynchronous scheduling).
         on_over: told once of each epoch's end, from any thread.
+        cores: the leader's own.
 
     Attributes:
         runner: the leader's own; to be set before the first epoch. Ranks may come before.
@@ -78,8 +80,10 @@ class Ranks:
         ways: Ways | None = None,
         overlaps: bool = False,
         on_over: Callable[[str], None] = lambda why: None,
+        cores: Cores | None = None,
     ) -> None:
         self.part, self.layout = part, part.layout
+        self.cores = cores or Cores()
         self.runner: Runner | None = None
         self.on_over = on_over
         self.step_seconds = math.inf
@@ -111,6 +115,7 @@ class Ranks:
         """End the epoch and every connection: the ranks' processes look for another leader. From any thread."""
         self._members.close()
         self._own.put(None)  # behind whatever it has to run yet
+        self.cores.release()
 
     # Epochs: the thread that steps
 
@@ -238,7 +243,8 @@ class Ranks:
     def receive(self) -> StepResult:
         """See `Pipe.receive`."""
         self.check()  # an epoch that is over has nothing to wait for
-        result = self._result() if self.layout.pipeline > 1 else self._own_result()
+        with self.cores.hold():
+            result = self._result() if self.layout.pipeline > 1 else self._own_result()
         self._num_moves += 1
         self._num_out -= 1
         return result
@@ -288,6 +294,7 @@ class Ranks:
         return None
 
     def _compute(self, plans: queue.SimpleQueue[Plan | None], found: queue.SimpleQueue[StepResult | None]) -> None:
+        self.cores.stay()
         while (plan := plans.get()) is not None and self._members.over is None:
             found.put(self._run(plan))
         found.put(None)

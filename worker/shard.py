@@ -16,6 +16,7 @@ from pagetable.errors import ConfigError
 from pagetable.ids import DeviceId
 from pagetable.page import PagePool
 from worker.config import ShardConfig
+from worker.cores import Cores
 from worker.gpu_model import GPU_CHUNK, GpuModel
 from worker.heads import row_bytes
 from worker.kv_cache import CPU, PagedKVCache
@@ -185,10 +186,11 @@ def build_runner(spec: ShardSpec, rank: int, threads: int, progress: Progress | 
     return Runner(decoder, cache, tables, sampler, part, widths, fills_tokens=config.async_scheduling)
 
 
-def make_ranks(spec: ShardSpec, secret: bytes) -> Ranks:
-    """Several ranks as their leader sees them, without its own runner yet."""
+def make_ranks(spec: ShardSpec, secret: bytes, cores: Cores | None = None) -> Ranks:
+    """Several ranks as their leader sees them, without its own runner yet, which belongs on `cores`."""
     part = spec.layout.part(spec.model, 0)
-    return Ranks(part, spec.sizes(), spec.identity, secret, spec.ways, spec.config.async_scheduling)
+    overlaps = spec.config.async_scheduling
+    return Ranks(part, spec.sizes(), spec.identity, secret, spec.ways, overlaps, cores=cores)
 
 
 def build_rank(

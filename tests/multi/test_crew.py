@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 from launch.llm import LLM
+from launch.machine import available_cores
 from pagetable.errors import ModelError, QuireError, RequestFailed
 from pagetable.sampling import SamplingParams
 from tests.models import make_model
 from tests.serving import children, files, is_alive
+from worker.ranks import Ranks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 SMALL: dict[str, Any] = {
@@ -71,6 +73,30 @@ def engine(model: Path, **layout: int) -> Iterator[LLM]:
         llm.close()
     assert not any(map(is_alive, pids))
     comes_to(before)
+
+
+def cores_of(pid: int) -> list[set[int]]:
+    """Where each thread of a process may run."""
+    return [os.sched_getaffinity(int(thread)) for thread in os.listdir(f"/proc/{pid}/task")]
+
+
+@pytest.mark.skipif(available_cores() < 2, reason="two ranks have no cores of their own on a machine of one")
+@pytest.mark.parametrize("way", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_each_rank_stays_on_cores_of_its_own(model: Path, way: str) -> None:
+    before = os.sched_getaffinity(0)
+    with engine(model, **{way: 2}) as llm:
+        assert isinstance(llm.loop.pipe, Ranks)
+        own = llm.loop.pipe.cores.cpus
+        (follower,) = {frozenset(each) for each in cores_of(llm.pids[1])}
+        assert len(own) == len(follower) == 1 and not own & follower
+        seen: list[set[int]] = []
+        run = llm.loop.pipe._own_runner.run
+        llm.loop.pipe._own_runner.run = lambda plan: (seen.append(os.sched_getaffinity(0)), run(plan))[1]
+        llm.generate(PROMPTS, SHORT)
+        assert seen and all(each == own for each in seen)
+        assert os.sched_getaffinity(0) == before  # the user's thread is the user's
+    with engine(model, **{way: 2, "pin_threads": False}) as llm:
+        assert all(each == before for each in cores_of(llm.pids[1]))
 
 
 def steps_until_failure(llm: LLM, after: int, what: Callable[[], None]) -> QuireError:

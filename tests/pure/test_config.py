@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch.cli import build_parser, main
 from launch.config import DEFAULTS, SETTINGS, EngineConfig, parse_size, show_size
 from launch.flags import Effective, effective, flag_of
-from launch.machine import available_cores, available_memory
+from launch.machine import available_cores, available_memory, has_whole_cores
 from pagetable.errors import ConfigError
 
 
@@ -53,6 +54,7 @@ def test_defaults_are_the_ones_that_the_documents_name() -> None:
         "kv_cache_dtype": "auto",
         "seed": 0,
         "threads": None,
+        "pin_threads": True,
         "tensor_parallel_size": 1,
         "pipeline_parallel_size": 1,
         "page_parallel_size": 1,
@@ -349,6 +351,30 @@ def test_cores_are_the_affinity_cut_by_the_quotas(
     tmp_path: Path, lines: str, files: Mapping[str, str], cores: int
 ) -> None:
     assert available_cores(_cgroup(tmp_path, lines, files), affinity=8) == cores
+
+
+def test_threads_have_whole_cores_where_no_quota_shares_them(tmp_path: Path) -> None:
+    root = _cgroup(tmp_path, "0::/\n", {})
+    assert [has_whole_cores(count, root, affinity=8) for count in (1, 8, 9)] == [True, True, False]
+    _cgroup(root, "0::/\n", {"sys/fs/cgroup/cpu.max": "700000 100000\n"})
+    assert not has_whole_cores(1, root, affinity=8) and has_whole_cores(7, root, affinity=7)
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_ranks", "threads", "pins"),
+    [
+        ({"tensor_parallel_size": 2}, 2, 1, True),
+        ({"tensor_parallel_size": 2}, 4, 1, True),  # two shards
+        ({"tensor_parallel_size": 2}, 2, 4, False),
+        ({"tensor_parallel_size": 2, "pin_threads": False}, 2, 1, False),
+        ({}, 1, 1, False),  # who is alone talks to nobody
+    ],
+)
+def test_ranks_stay_on_cores_where_there_are_enough(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], num_ranks: int, threads: int, pins: bool
+) -> None:
+    monkeypatch.setattr("launch.config.has_whole_cores", lambda count: count <= 4)
+    assert EngineConfig("m", **fields).pins(num_ranks, threads) == pins
 
 
 def test_memory_is_what_is_free_cut_by_the_room_in_the_cgroup(tmp_path: Path) -> None:
