@@ -50,7 +50,7 @@ def even_out(tables: Sequence[BlockTable], after: PlanNumber) -> list[Move]:
     most = most_attended(sum(attended), len(attended))
     moves: list[Move] = []
     while max(attended) > most and len(moves) < MOST_MOVES:
-        move = _next_move(tables, attended, after)
+        move = _next_move(tables, attended, most, after)
         if move is None:
             break
         moves.append(move)
@@ -59,26 +59,29 @@ def even_out(tables: Sequence[BlockTable], after: PlanNumber) -> list[Move]:
     return moves
 
 
-def _next_move(tables: Sequence[BlockTable], attended: Sequence[int], after: PlanNumber) -> Move | None:
-    """From the group that attends most to the one that attends least and has room, out of the least even table."""
-    pool = tables[0].pool
-    source = max(range(len(attended)), key=attended.__getitem__)
-    for target in sorted(range(len(attended)), key=attended.__getitem__):
-        if attended[target] + 1 >= attended[source]:
+def _next_move(tables: Sequence[BlockTable], attended: Sequence[int], most: int, after: PlanNumber) -> Move | None:
+    """From the group that attends most, or the next one beyond `most`, to the one that attends least and has room, out
+    of the least even table."""
+    pool, groups = tables[0].pool, sorted(range(len(attended)), key=attended.__getitem__)
+    for source in sorted(groups, key=lambda group: -attended[group]):
+        if attended[source] <= most:
             break
-        if not pool.has_room_in(target):
-            continue
-        gain = [table.held[source] - table.held[target] for table in tables]
-        for row in sorted((row for row in range(len(tables)) if gain[row] > 0), key=lambda row: -gain[row]):
-            table = tables[row]
-            index = _movable(table, source)
-            if index is None:
+        for target in groups:
+            if attended[target] + 1 >= attended[source]:
+                break
+            if not pool.has_room_in(target):
                 continue
-            page = LogicalPageId(table.pages[index])
-            before = [pool.block(page, column) for column in range(pool.num_columns)]
-            table.move(index, target, after)
-            blocks = tuple((old, pool.block(page, column)) for column, old in enumerate(before))
-            return Move(row, index, source, target, blocks)
+            gain = [table.held[source] - table.held[target] for table in tables]
+            for row in sorted((row for row in range(len(tables)) if gain[row] > 0), key=lambda row: -gain[row]):
+                table = tables[row]
+                index = _movable(table, source)
+                if index is None:
+                    continue
+                page = LogicalPageId(table.pages[index])
+                before = [pool.block(page, column) for column in range(pool.num_columns)]
+                table.move(index, target, after)
+                blocks = tuple((old, pool.block(page, column)) for column, old in enumerate(before))
+                return Move(row, index, source, target, blocks)
     return None
 
 
