@@ -63,9 +63,10 @@ class Ranks:
         ways: how ranks talk to each other.
         overlaps: with one stage, too, the leader's own part runs on a thread of its own (asynchronous scheduling).
         on_over: told once of each epoch's end, from any thread.
-        cores: the leader's own.
+        cores: where the leader's own part runs; none, where the system puts it.
 
     Attributes:
+        cores: as given; released by `close`.
         runner: the leader's own; to be set before the first epoch. Ranks may come before.
         step_seconds: a plan that has not come back by then ends its epoch; who does not leave then hangs and is ended.
         num_plan_bytes: of all plans sent, to all ranks together.
