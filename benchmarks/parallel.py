@@ -211,8 +211,9 @@ class Readers:
 class Awake:
     """Two cores that never halt: on each a process that runs where nothing else wants to, and does nothing."""
 
-    # of a session of its own, whose share of a core the system's autogroups would make as large as a rank's
+    # A session gets as much of a core as any other where the system groups processes so: this one gets least of all.
     _CODE = """import os, sys
+parent = os.getppid()
 os.setsid()
 os.sched_setaffinity(0, {int(sys.argv[1])})
 os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
@@ -220,7 +221,7 @@ try:
     open("/proc/self/autogroup", "w").write("19")
 except OSError:
     pass  # a system without them
-while True:
+while os.getppid() == parent:
     pass
 """
 

@@ -25,7 +25,7 @@ def gather_head(peers: Peers, found: Head, widths: tuple[int, ...]) -> Head:
     """The whole vocabulary's answer from each rank's; exchanges of as many rows as a region holds.
 
     Args:
-        found: of this rank's part, `tokens` counted over the whole vocabulary; they are changed.
+        found: of this rank's part, `tokens` counted over the whole vocabulary. All but its logits become the answer.
         widths: rows of the vocabulary on each rank; the parts follow one another.
 
     Raises:
