@@ -73,13 +73,14 @@ class Counted:
     def __init__(self, peers: Peers) -> None:
         self.num_bytes = self.turns = 0
         self._peers = peers
-        kind = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        number, address = ctypes.c_int64, ctypes.c_void_p
+        kind = ctypes.CFUNCTYPE(number, address, number, number, address)
         self._address = peers.struct.exchange
         native = kind(self._address)
 
-        def exchange(context: int, parity: int, num_bytes: int) -> int:
+        def exchange(context: int, parity: int, num_bytes: int, ahead: int) -> int:
             self.turns, self.num_bytes = self.turns + 1, self.num_bytes + num_bytes
-            return int(native(context, parity, num_bytes))
+            return int(native(context, parity, num_bytes, ahead))
 
         self._ours = kind(exchange)
         peers.struct.exchange = ctypes.cast(self._ours, ctypes.c_void_p)

@@ -45,7 +45,7 @@ class PeersStruct(ctypes.Structure):
     _fields_ = [
         *((name, _INT) for name in ("rank", "size")),
         ("regions", _ADDRESS),
-        *((name, _INT) for name in ("capacity", "turn")),
+        *((name, _INT) for name in ("capacity", "turn", "reads_ahead")),
         *((name, _ADDRESS) for name in ("context", "exchange")),
     ]
 
@@ -56,10 +56,10 @@ class _Member(ctypes.Structure):
     _fields_ = [("meeting", _ADDRESS), ("size", _INT)]
 
 
-_EXCHANGE = ctypes.CFUNCTYPE(_INT, _ADDRESS, _INT, _INT)
+_EXCHANGE = ctypes.CFUNCTYPE(_INT, _ADDRESS, _INT, _INT, _ADDRESS)
 _SIGNATURES = {
     "quire_exchange": (_INT, ctypes.POINTER(PeersStruct), _INT),
-    "quire_shared_exchange": (_INT, _ADDRESS, _INT, _INT),
+    "quire_shared_exchange": (_INT, _ADDRESS, _INT, _INT, _ADDRESS),
     "quire_best_of_ranks": (_INT, ctypes.POINTER(PeersStruct), _INT, *(_ADDRESS,) * 3),
     "quire_count_await": (_INT, _ADDRESS, ctypes.c_uint32),
     "quire_count_advance": (None, _ADDRESS),
@@ -202,7 +202,7 @@ class CallbackPeers(Peers):
     def is_broken(self) -> bool:
         return self._is_broken
 
-    def _exchange(self, _: int | None, parity: int, num_bytes: int) -> int:
+    def _exchange(self, _: int | None, parity: int, num_bytes: int, __: int | None) -> int:
         if not self._is_broken:
             try:
                 self._gather([each[:num_bytes] for each in self._views[parity]], self.rank)

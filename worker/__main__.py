@@ -101,7 +101,7 @@ def _follow(settings: dict[str, Any]) -> int:
 
     where = settings.get("host", "")
     rank = build_rank(
-        _spec(settings), settings["rank"], settings["threads"], secret, (host, port), where, _loading, fenced
+        _spec(settings), settings["rank"], settings["threads"], secret, (host, port), where, _loading, fenced, cores
     )
     signal.signal(signal.SIGTERM, lambda *_: rank.stop())
     threading.Thread(target=_await_end, name="keeper", daemon=True).start()

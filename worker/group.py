@@ -47,7 +47,8 @@ class Group:
         previous, next: None on the first and the last stage.
     """
 
-    def __init__(self, part: Part, sizes: Sizes, form: pb.Form, ways: Ways) -> None:
+    def __init__(self, part: Part, sizes: Sizes, form: pb.Form, ways: Ways, *, owns_cores: bool = False) -> None:
+        """Args: owns_cores: this rank's threads run on no core of another's."""
         self.epoch = int(form.epoch)
         self.tensor: Peers | None = None
         self.slice: Peers | None = None
@@ -55,6 +56,7 @@ class Group:
         self.next: Hidden | None = None
         self._everybody: dist.ProcessGroup | None = None
         self._part, self._sizes, self._members, self._ways = part, sizes, form.members, ways
+        self._owns_cores = owns_cores
         self._store = form.store
         self._plan = Plan(part.layout, sizes)
         self._memory: mmap.mmap | None = None
@@ -72,6 +74,9 @@ class Group:
             own = self._members[self._part.rank].address
             self._world.form(self._store, self.epoch, self._part.rank, layout.num_ranks, own)
         self._form(layout)
+        for each in (self.tensor, self.slice):
+            if each is not None:
+                each.struct.reads_ahead = self._owns_cores
         if self._ways.plans_by_torch:
             assert self._world is not None
             self._everybody = self._world.group(range(layout.num_ranks), IDLE_TIMEOUT)

@@ -24,6 +24,7 @@ from quire_pb.worker.v1 import worker_pb2 as pb
 from worker.broadcast import Broadcast
 from worker.channel import Channel
 from worker.codec import decode_plan, encode_result
+from worker.cores import Cores
 from worker.group import Group
 from worker.layout import Part
 from worker.page_reads import answer_read
@@ -53,6 +54,7 @@ class Rank:
         ways: how ranks talk to each other.
         on_fence: told why the leader wants this process to end; the default ends it.
         is_ahead: several plans are in flight.
+        cores: that are this process's own.
         others: as in `worker.ranks.Ranks`.
     """
 
@@ -69,10 +71,12 @@ class Rank:
         on_fence: Callable[[str], None] | None = None,
         *,
         is_ahead: bool = False,
+        cores: Cores | None = None,
     ) -> None:
         self._part, self._runner, self._sizes, self._identity = part, runner, sizes, identity
         self._secret, self._leader, self._host = secret, leader, host
         self._ways, self._on_fence, self._is_ahead = ways or Ways(), on_fence or _end_process, is_ahead
+        self._cores = cores or Cores()
         self._size = SegmentPlan(part.layout, sizes).num_bytes
         self._forms: queue.SimpleQueue[pb.Form | None] = queue.SimpleQueue()
         self._lock = threading.RLock()  # of what follows; `stop` may interrupt who holds it
@@ -130,7 +134,7 @@ class Rank:
     def _join(self, form: pb.Form) -> None:
         """One epoch, to its end; always raises."""
         self._doing = f"forming epoch {form.epoch}"
-        group = Group(self._part, self._sizes, form, self._ways)
+        group = Group(self._part, self._sizes, form, self._ways, owns_cores=bool(self._cores.cpus))
         with self._lock:
             self._group = group
             is_over = self._is_over

@@ -155,7 +155,7 @@ class Ranks:
 
                 store = Store(own.address)
                 form.store = store.address
-            group = self._group = Group(self.part, self._sizes, form, self._ways)
+            group = self._group = Group(self.part, self._sizes, form, self._ways, owns_cores=bool(self.cores.cpus))
             self._members.tell(form)
             self.check()  # an end that came before the group did has not aborted it
             group.form()

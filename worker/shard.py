@@ -202,12 +202,25 @@ def build_rank(
     host: str = "",
     progress: Progress | None = None,
     on_fence: Callable[[str], None] | None = None,
+    cores: Cores | None = None,
 ) -> Rank:
     """A rank that follows. See `worker.rank.Rank`."""
     part = spec.layout.part(spec.model, rank)
     runner = build_runner(spec, rank, threads, progress)
     is_ahead = spec.config.max_in_flight > 1
-    return Rank(part, runner, spec.sizes(), spec.identity, secret, leader, host, spec.ways, on_fence, is_ahead=is_ahead)
+    return Rank(
+        part,
+        runner,
+        spec.sizes(),
+        spec.identity,
+        secret,
+        leader,
+        host,
+        spec.ways,
+        on_fence,
+        is_ahead=is_ahead,
+        cores=cores,
+    )
 
 
 def build_model(

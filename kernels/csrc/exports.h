@@ -43,6 +43,7 @@ QUIRE_EXPORT uint64_t quire_read(const char* data, int64_t bytes);
 namespace quire {
 struct Choice;
 struct Model;
+struct Ahead;
 struct Peers;
 struct Step;
 class Engine;
@@ -75,7 +76,7 @@ QUIRE_EXPORT void quire_pack(const char* const* rows, int64_t panels, int64_t co
 
 // Exchanges of ranks (peers.h): one turn; what `Peers::exchange` is for ranks of one host, with a Member for context.
 QUIRE_EXPORT int64_t quire_exchange(quire::Peers* peers, int64_t bytes);
-QUIRE_EXPORT int64_t quire_shared_exchange(void* context, int64_t parity, int64_t bytes);
+QUIRE_EXPORT int64_t quire_shared_exchange(void* context, int64_t parity, int64_t bytes, const quire::Ahead* ahead);
 
 // One exchange after which `tokens`, `values` and `totals` of each row are those of all ranks' logits: of equal values
 // the lowest rank's. A region holds 12 bytes of each row.

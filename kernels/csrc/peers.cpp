@@ -5,6 +5,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <climits>
 #include <cstring>
@@ -16,6 +17,7 @@ namespace quire {
 namespace {
 
 constexpr auto kSpin = std::chrono::microseconds(5);  // ranks outnumber cores: who waits longer makes room
+constexpr int64_t kFetchStep = 1024;                  // bytes between two looks
 constexpr timespec kLookAgain{0, 100'000'000};        // in case that who should have woken us died before it did
 
 }  // namespace
@@ -27,10 +29,15 @@ void SharedCount::wake() {  // behind a change of the value; sleepers are counte
     if (sleepers_.load()) syscall(SYS_futex, &value_, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
 
-int64_t SharedCount::await(uint32_t count) {
+int64_t SharedCount::await(uint32_t count, Ahead ahead) {
     // The sign of the difference of two numbers of 31 bits, held in the upper bits of 32.
     const auto is_there = [count](uint32_t value) { return (int32_t)((value & ~1u) - (count << 1)) >= 0; };
     uint32_t value = value_.load(std::memory_order_acquire);
+    for (int64_t at = 0; at < ahead.bytes && !(value & 1) && !is_there(value); at += kFetchStep) {
+        for (int64_t line = at; line < std::min(at + kFetchStep, ahead.bytes); line += 64)
+            __builtin_prefetch(ahead.at + line, 0, 2);
+        value = value_.load(std::memory_order_acquire);
+    }
     for (const auto until = std::chrono::steady_clock::now() + kSpin; !(value & 1) && !is_there(value);) {
         for (int i = 0; i < 16 && !(value & 1) && !is_there(value); i++) {
             relax();
@@ -56,7 +63,7 @@ int64_t quire_count_is_broken(const quire::SharedCount* count) { return count->i
 
 int64_t quire_exchange(quire::Peers* peers, int64_t bytes) { return quire::exchange(*peers, bytes); }
 
-int64_t quire_shared_exchange(void* context, int64_t, int64_t) {
+int64_t quire_shared_exchange(void* context, int64_t, int64_t, const quire::Ahead* ahead) {
     const auto& member = *static_cast<const quire::Member*>(context);
     quire::Meeting& meeting = *member.meeting;
     const uint32_t passed = meeting.passed.now();
@@ -65,7 +72,7 @@ int64_t quire_shared_exchange(void* context, int64_t, int64_t) {
         meeting.passed.advance();
         return meeting.passed.is_broken() ? quire::kBroken : 0;
     }
-    return meeting.passed.await(passed + 1);
+    return meeting.passed.await(passed + 1, *ahead);
 }
 
 int64_t quire_best_of_ranks(quire::Peers* peers, int64_t rows, int32_t* tokens, float* values, float* totals) {

@@ -10,6 +10,13 @@ namespace quire {
 
 constexpr int64_t kBroken = 3;  // the result of a call whose group is broken
 
+// Memory that a rank reads behind an exchange, and may ask for while it waits: of two ranks that read weights now one is
+// late and now the other, and else each would lose what either loses.
+struct Ahead {
+    const char* at = nullptr;
+    int64_t bytes = 0;
+};
+
 // A group of ranks as one of them sees it; mirrored by peers.py. `exchange` returns 0 when all ranks are there and the
 // first `bytes` of all regions of the parity can be read, which stays so until the next exchange begins.
 struct Peers {
@@ -17,8 +24,9 @@ struct Peers {
     char* const* regions;  // [2][size]
     int64_t capacity;      // bytes of a region
     int64_t turn;          // exchanges so far; the parity of the next one is its lowest bit
+    int64_t reads_ahead;   // this rank's cores are its own: while it waits it keeps nobody from them
     void* context;
-    int64_t (*exchange)(void* context, int64_t parity, int64_t bytes);
+    int64_t (*exchange)(void* context, int64_t parity, int64_t bytes, const Ahead* ahead);
 
     // The regions of the turn to come, or of the one behind it; and those to read of the last one.
     char* const* turn_regions(int64_t ahead = 0) const { return regions + (turn + ahead) % 2 * size; }
@@ -26,8 +34,8 @@ struct Peers {
 };
 
 // Runs the exchange of the turn to come.
-inline int64_t exchange(Peers& peers, int64_t bytes) {
-    return peers.exchange(peers.context, peers.turn++ % 2, bytes) ? kBroken : 0;
+inline int64_t exchange(Peers& peers, int64_t bytes, Ahead ahead = {}) {
+    return peers.exchange(peers.context, peers.turn++ % 2, bytes, &ahead) ? kBroken : 0;
 }
 
 // A number in shared memory that processes wait on: a count in steps of 2, and in the lowest bit whether it is broken,
@@ -41,7 +49,7 @@ public:
     void fail() { value_.fetch_or(1), wake(); }
 
     // Until the count has come to `count` (of 31 bits, in a circle) or is broken: 0, or kBroken.
-    int64_t await(uint32_t count);
+    int64_t await(uint32_t count, Ahead ahead = {});
 
 private:
     void wake();

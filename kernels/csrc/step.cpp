@@ -32,8 +32,11 @@ constexpr int64_t kStreamRows = 64;   // up to so many rows a product is dealt o
 constexpr int64_t kBlockRows = 192;   // rows of a block otherwise: its left side stays in a core's own cache
 constexpr int64_t kBlockPanels = 4;
 constexpr int64_t kRowsPerClaim = 8;
-constexpr int64_t kFetchIdle = 128 * 1024;
 constexpr int64_t kPhases = 14;       // of a layer, at most
+
+// Bytes of weights to ask for before their turn: ahead of attention, while ranks wait for each other, and ahead of the
+// sum of what they gave.
+constexpr int64_t kFetchIdle = 128 << 10, kFetchWaiting = 2 << 20, kFetchAdding = 512 << 10;
 
 int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
@@ -159,7 +162,7 @@ public:
         if (!scratch) failed_.store(true);
         start(phase);
         if (model_.carried.norm) {
-            if (!feed_forward(thread, phase, model_.carried, step_.hidden, End::kAdd)) return;
+            if (!feed_forward(thread, phase, model_.carried, step_.hidden, End::kAdd, behind(-1))) return;
             rows(phase, [&](int64_t row) {
                 kernels_.add(step_.partial_in + row * model_.hidden, model_.hidden, step_.hidden + row * model_.hidden);
             });
@@ -170,13 +173,14 @@ public:
             multiply(thread, phase, left, layer.qkv, End::kStore, qkv_, nullptr, qkv_columns_);
             fetch(thread, layer.o, kFetchIdle);
             rotate(phase, layer, index);
-            if (step_.slice && !gather_queries(thread, phase)) return;
+            if (step_.slice && !gather_queries(thread, phase, layer.o)) return;
             attend(phase, layer, index, scratch);
-            if (step_.slice && !merge_groups(thread, phase)) return;
-            if (!sum(thread, phase, attended_left(thread, phase), layer.o, step_.hidden, End::kAdd)) return;
+            if (step_.slice && !merge_groups(thread, phase, layer.o)) return;
+            if (!sum(thread, phase, attended_left(thread, phase), layer.o, step_.hidden, End::kAdd, layer.mlp.gate_up))
+                return;
             const bool is_cut = step_.partial_out && index + 1 == model_.num_layers;
             if (!feed_forward(thread, phase, layer.mlp, is_cut ? step_.partial_out : step_.hidden,
-                              is_cut ? End::kStore : End::kAdd))
+                              is_cut ? End::kStore : End::kAdd, behind(index)))
                 return;
         }
     }
@@ -186,6 +190,11 @@ private:
         const char* at;
         int64_t row;  // words
     };
+
+    // What is multiplied behind a layer: the next one's first matrix, or the head; empty where that is another stage's.
+    const Matrix& behind(int64_t index) const {
+        return index + 1 < model_.num_layers ? model_.layers[index + 1].qkv : model_.head;
+    }
 
     Call call_of(int64_t window) const {
         Call call{};
@@ -274,14 +283,20 @@ private:
         team_.barrier();
     }
 
-    // Asks for the first panels that this thread will read of a matrix, while the memory has nothing else to do.
-    void fetch(int64_t thread, const Matrix& matrix, int64_t bytes) const {
-        if (tokens_ > kStreamRows) return;
+    // The first panels that a thread will read of a matrix: at most so many bytes, none where work is bound by
+    // arithmetic.
+    Ahead first_of(int64_t thread, const Matrix& matrix, int64_t bytes) const {
+        if (tokens_ > kStreamRows) return {};
         const int64_t panels = divide_up(matrix.columns, kPanel), panel_bytes = matrix.depth * kPanel * 4;
         const int64_t begin = panels * thread / team_.size(), end = panels * (thread + 1) / team_.size();
-        const char* at = static_cast<const char*>(matrix.packed) + begin * panel_bytes;
-        bytes = std::min(bytes, (end - begin) * panel_bytes);
-        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+        return {static_cast<const char*>(matrix.packed) + begin * panel_bytes,
+                std::min(bytes, (end - begin) * panel_bytes)};
+    }
+
+    // Asks for them, while the memory has nothing else to do.
+    void fetch(int64_t thread, const Matrix& matrix, int64_t bytes) const {
+        const Ahead ahead = first_of(thread, matrix, bytes);
+        for (int64_t i = 0; i < ahead.bytes; i += 64) __builtin_prefetch(ahead.at + i, 0, 2);
     }
 
 public:
@@ -303,27 +318,29 @@ public:
     }
 
 private:
-    // One turn of a group, after which all threads may read what `peers.last_regions()` gives. False: a broken group.
-    bool exchange(int64_t thread, Peers& peers, int64_t bytes) {
+    // One turn of a group, after which all threads may read what `peers.last_regions()` gives; who waits may ask
+    // for what it reads of `next`. False: a broken group.
+    bool exchange(int64_t thread, Peers& peers, int64_t bytes, const Matrix& next) {
         if (thread == 0) {
             const auto began = std::chrono::steady_clock::now();
-            if (quire::exchange(peers, bytes)) broken_.store(true);
+            const Ahead ahead = peers.reads_ahead ? first_of(thread, next, kFetchWaiting) : Ahead{};
+            if (quire::exchange(peers, bytes, ahead)) broken_.store(true);
             team_.waited(std::chrono::steady_clock::now() - began);
         }
         team_.barrier(true);
         return !broken_.load();
     }
 
-    // The units of an MLP: `end` says what becomes of their sums. False: a broken group.
-    bool feed_forward(int64_t thread, int64_t& phase, const Mlp& mlp, float* to, End end) {
+    // The units of an MLP: `end` says what becomes of their sums, `next` what is multiplied then. False: a broken group.
+    bool feed_forward(int64_t thread, int64_t& phase, const Mlp& mlp, float* to, End end, const Matrix& next) {
         const Left left = normed(thread, phase, mlp.norm);
         multiply(thread, phase, left, mlp.gate_up, End::kSwish, nullptr, act_, act_row_ * per_word_);
-        return sum(thread, phase, Left{act_, act_row_}, mlp.down, to, end);
+        return sum(thread, phase, Left{act_, act_row_}, mlp.down, to, end, next);
     }
 
     // left * matrix, stored to or added to `to` [tokens][hidden], summed over the ranks in their order: so all have the
     // same bits. False: a broken group.
-    bool sum(int64_t thread, int64_t& phase, Left left, const Matrix& matrix, float* to, End end) {
+    bool sum(int64_t thread, int64_t& phase, Left left, const Matrix& matrix, float* to, End end, const Matrix& next) {
         if (!step_.tensor) {
             multiply(thread, phase, left, matrix, end, to, nullptr, model_.hidden);
             return true;
@@ -331,7 +348,8 @@ private:
         Peers& peers = *step_.tensor;
         float* const own = reinterpret_cast<float*>(peers.turn_regions()[peers.rank]);
         multiply(thread, phase, left, matrix, End::kStore, own, nullptr, model_.hidden);
-        if (!exchange(thread, peers, tensor_bytes(model_, tokens_))) return false;
+        if (!exchange(thread, peers, tensor_bytes(model_, tokens_), next)) return false;
+        if (peers.reads_ahead) fetch(thread, next, kFetchAdding);
         char* const* const parts = peers.last_regions();
         rows(phase, [&](int64_t row) {
             if (end == End::kStore) std::fill_n(to + row * model_.hidden, model_.hidden, 0.f);
@@ -343,10 +361,10 @@ private:
     }
 
     // The queries of all groups of the slice, side by side. False: a broken group.
-    bool gather_queries(int64_t thread, int64_t& phase) {
+    bool gather_queries(int64_t thread, int64_t& phase, const Matrix& next) {
         Peers& peers = *step_.slice;
         const int64_t row_bytes = q_columns_ * element_;
-        if (!exchange(thread, peers, tokens_ * row_bytes)) return false;
+        if (!exchange(thread, peers, tokens_ * row_bytes, next)) return false;
         char* const* const parts = peers.last_regions();
         rows(phase, [&](int64_t row) {
             for (int64_t rank = 0; rank < peers.size; rank++)
@@ -356,9 +374,9 @@ private:
     }
 
     // What the groups found for this rank's heads becomes one. False: a broken group.
-    bool merge_groups(int64_t thread, int64_t& phase) {
+    bool merge_groups(int64_t thread, int64_t& phase, const Matrix& next) {
         Peers& peers = *step_.slice;
-        if (!exchange(thread, peers, found_bytes(model_, tokens_))) return false;
+        if (!exchange(thread, peers, found_bytes(model_, tokens_), next)) return false;
         char* const* const parts = peers.last_regions();
         const int64_t dim = model_.head_dim;
         rows(phase, [&](int64_t row) {

@@ -86,7 +86,8 @@ def test_each_rank_stays_on_cores_of_its_own(model: Path, way: str) -> None:
     before = os.sched_getaffinity(0)
     with engine(model, **{way: 2}) as llm:
         assert isinstance(llm.loop.pipe, Ranks)
-        own = llm.loop.pipe.cores.cpus
+        own, group = llm.loop.pipe.cores.cpus, llm.loop.pipe._group
+        assert group is not None and (group.tensor is None or group.tensor.struct.reads_ahead)
         (follower,) = {frozenset(each) for each in cores_of(llm.pids[1])}
         assert len(own) == len(follower) == 1 and not own & follower
         seen: list[set[int]] = []
@@ -96,6 +97,9 @@ def test_each_rank_stays_on_cores_of_its_own(model: Path, way: str) -> None:
         assert seen and all(each == own for each in seen)
         assert os.sched_getaffinity(0) == before  # the user's thread is the user's
     with engine(model, **{way: 2, "pin_threads": False}) as llm:
+        assert isinstance(llm.loop.pipe, Ranks)
+        group = llm.loop.pipe._group
+        assert group is not None and (group.tensor is None or not group.tensor.struct.reads_ahead)
         assert all(each == before for each in cores_of(llm.pids[1]))
 
 

@@ -173,7 +173,7 @@ struct Pair {
     Pair() {
         for (int i = 0; i < 4; i++) regions.push_back(memory.get() + i * kCapacity);
         for (int64_t rank = 0; rank < 2; rank++)
-            ranks.push_back({rank, 2, regions.data(), kCapacity, 0, &member, quire_shared_exchange});
+            ranks.push_back({rank, 2, regions.data(), kCapacity, 0, rank, &member, quire_shared_exchange});
     }
 };
 
