@@ -102,14 +102,20 @@ def levels() -> tuple[str, ...]:
     return tuple(level for index, level in enumerate(LEVELS) if bits >> index & 1)
 
 
-def library(signatures: Mapping[str, tuple[Any, ...]]) -> ctypes.CDLL:
+def library(signatures: Mapping[str, tuple[Any, ...]], *, keeps_lock: bool = False) -> ctypes.CDLL:
     """The library with further functions declared: result and arguments by name.
+
+    Args:
+        keeps_lock: for calls of microseconds, which keep the interpreter's lock: to give it up for them can cost a wait
+            of milliseconds until another thread hands it back.
 
     Raises: ValueError where there is none.
     """
     found = _library()
     if isinstance(found, str):
         raise ValueError(found)
+    if keeps_lock:
+        found = ctypes.PyDLL(str(LIBRARY))
     for name, (result, *arguments) in signatures.items():
         function = getattr(found, name)
         function.restype, function.argtypes = result, arguments

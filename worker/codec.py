@@ -1,6 +1,8 @@
 """Plans and results as bytes, between the ranks of one shard.
 
-    number (8) | arrays: count (4), int32 each | admits: count (4), each ...
+    plan      number (8) | how long each array is (4 each), how many columns those by column have, how many admits
+              | how long each column is | all arrays, int32 | all columns | admits, each ...
+    result    number (8) | arrays: count (4), int32 each | ...
 
 Little-endian throughout. A reader checks every length against what is there: bytes that end early or late, or that no
 encoder made, are a BadFrame. The format is private to one version: all ranks of a shard run the same.
@@ -12,8 +14,11 @@ import json
 import struct
 import sys
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from itertools import chain
+from operator import attrgetter
+from typing import Any
 
 from pagetable.frames import BadFrame
 from pagetable.ids import PlanNumber, SequenceId
@@ -38,8 +43,10 @@ _ARRAYS = (
     "score_token",
 )
 _BY_COLUMN = ("table_blocks", "copy_sources", "copy_targets")
+_arrays_of, _columns_of = attrgetter(*_ARRAYS), attrgetter(*_BY_COLUMN)
 _COUNT = struct.Struct("<I")
 _NUMBER = struct.Struct("<Q")
+_PLAN = struct.Struct(f"<Q{len(_ARRAYS) + len(_BY_COLUMN) + 1}I")
 _ADMIT = struct.Struct("<iQii")
 _LOGPROBS = struct.Struct("<dii")
 _TOP = struct.Struct("<id")
@@ -56,14 +63,14 @@ class Writer:
     """Collects parts; `bytes()` joins them once."""
 
     def __init__(self) -> None:
-        self.parts: list[bytes] = []
+        self.parts: list[bytes | array[int]] = []
 
     def pack(self, form: struct.Struct, *values: float) -> None:
         self.parts.append(form.pack(*values))
 
     def ints(self, values: array[int]) -> None:
         self.parts.append(_COUNT.pack(len(values)))
-        self.parts.append(values.tobytes())
+        self.parts.append(values)
 
     def blob(self, data: bytes) -> None:
         self.parts.append(_COUNT.pack(len(data)))
@@ -79,7 +86,7 @@ class Reader:
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
 
-    def unpack(self, form: struct.Struct) -> tuple[float, ...]:
+    def unpack(self, form: struct.Struct) -> tuple[Any, ...]:
         return form.unpack(self._take(form.size))
 
     def count(self) -> int:
@@ -87,8 +94,19 @@ class Reader:
         return int(value)
 
     def ints(self) -> array[int]:
-        values = array("i")
-        values.frombytes(self._take(self.count() * _ITEM))
+        return self.numbers("i", self.count())
+
+    def many(self, counts: Sequence[int]) -> list[array[int]]:
+        """Arrays that lie one behind the other, of so many numbers each."""
+        whole, found, end = self.numbers("i", sum(counts)), [], 0
+        for count in counts:
+            found.append(whole[end : end + count])
+            end += count
+        return found
+
+    def numbers(self, kind: str, count: int) -> array[int]:
+        values = array(kind)
+        values.frombytes(self._take(count * _ITEM))
         return values
 
     def blob(self) -> bytes:
@@ -109,15 +127,10 @@ class Reader:
 def encode_plan(plan: Plan) -> bytes:
     """What `decode_plan` reads back equal."""
     out = Writer()
-    out.pack(_NUMBER, plan.number)
-    for name in _ARRAYS:
-        out.ints(getattr(plan, name))
-    for name in _BY_COLUMN:
-        columns: list[array[int]] = getattr(plan, name)
-        out.pack(_COUNT, len(columns))
-        for column in columns:
-            out.ints(column)
-    out.pack(_COUNT, len(plan.admits))
+    arrays, by_column = _arrays_of(plan), _columns_of(plan)
+    columns = tuple(chain(*by_column))
+    out.pack(_PLAN, plan.number, *map(len, arrays), *map(len, by_column), len(plan.admits))
+    out.parts += (array("I", map(len, columns)), *arrays, *columns)
     for admit in plan.admits:
         out.pack(_ADMIT, admit.slot, admit.sequence_id, admit.sample_index, admit.prompt_length)
         out.blob(_encode_params(admit.params))
@@ -129,13 +142,16 @@ def encode_plan(plan: Plan) -> bytes:
 def decode_plan(data: bytes) -> Plan:
     """Raises BadFrame."""
     read = Reader(data)
-    (number,) = read.unpack(_NUMBER)
-    plan = Plan(PlanNumber(int(number)))
-    for name in _ARRAYS:
-        setattr(plan, name, read.ints())
-    for name in _BY_COLUMN:
-        setattr(plan, name, [read.ints() for _ in range(read.count())])
-    for _ in range(read.count()):
+    number, *counts, num_blocks, num_sources, num_targets, num_admits = read.unpack(_PLAN)
+    counts += read.numbers("I", num_blocks + num_sources + num_targets)
+    arrays = read.many(counts)
+    columns = arrays[len(_ARRAYS) :]
+    values: dict[str, Any] = dict(zip(_ARRAYS, arrays, strict=False))
+    values["table_blocks"] = columns[:num_blocks]
+    values["copy_sources"] = columns[num_blocks : num_blocks + num_sources]
+    values["copy_targets"] = columns[num_blocks + num_sources :]
+    plan = Plan(PlanNumber(number), **values)
+    for _ in range(num_admits):
         slot, sequence, sample_index, prompt_length = map(int, read.unpack(_ADMIT))
         params = _decode_params(read.blob())
         tokens, eos = read.ints(), tuple(read.ints())

@@ -1,7 +1,8 @@
 """TableMirror: a rank's copy of the block tables, and the arrays that a step's kernels take.
 
-The leader's scheduler owns the tables; a plan carries their changes. All of it is whole-array arithmetic: an object or
-a Python loop per page would cost more than the step.
+The leader's scheduler owns the tables; a plan carries their changes. What a step waits for is native code where that is
+built (`kernels/tables.py`), and otherwise, as all the rest, whole-array arithmetic: an object or a Python loop per page
+would cost more than the step. Whatever the native code refuses, the arithmetic does over, to say what is wrong.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from kernels import tables as native
 from kernels.ops import Mask, PageList
 from pagetable.errors import InvariantBroken
 from worker.plan import Plan
 
 Ints = npt.NDArray[np.int32]
+_NONE: Ints = np.empty(0, np.int32)
+_MAX_ENTRIES = 2**31 - 1  # of a page list, whose `start` is int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,30 +73,41 @@ class TableMirror:
         self, max_num_seqs: int, max_blocks_per_seq: int, block_size: int, column: int = 0, group: int | None = None
     ) -> None:
         self.block_size, self.column, self.group = block_size, column, group
-        self.tables: Ints = np.full((max_num_seqs, max_blocks_per_seq), -1, dtype=np.int32)
+        self.tables: Final[Ints] = np.full((max_num_seqs, max_blocks_per_seq), -1, dtype=np.int32)
+        self._native = native.NativeTables(self.tables, block_size, group) if native.wanted() else None
 
     def apply(self, plan: Plan) -> None:
         """Carry out the plan's table changes. InvariantBroken (and nothing changed) where one is out of range."""
-        slot, index, block = ints(plan.table_slot), ints(plan.table_index), ints(plan.table_blocks[self.column])
+        changes = (plan.table_slot, plan.table_index, plan.table_blocks[self.column])
+        if not any(changes):
+            return
+        group = None if self.group is None else plan.table_group
+        if self._native is not None and self._native.change(*changes, group):
+            return
+        slot, index, block = (ints(each) for each in changes)
         _check_range("table_slot", slot, self.tables.shape[0])
         _check_range("table_index", index, self.tables.shape[1])
-        if self.group is not None:
-            block[ints(plan.table_group) != self.group] = -1
+        if group is not None:
+            block[ints(group) != self.group] = -1
         self.tables[slot, index] = block
 
     def copies(self, plan: Plan) -> tuple[Ints, Ints]:
         """(source, target) blocks that this rank copies inside its pool before the forward pass."""
+        if not plan.copy_sources[self.column]:
+            return _NONE, _NONE
         source, target = ints(plan.copy_sources[self.column]), ints(plan.copy_targets[self.column])
-        if self.group is None or not len(source):
+        if self.group is None:
             return source, target
         here = (ints(plan.copy_from) == self.group) & (ints(plan.copy_to) == self.group)
         return source[here], target[here]
 
     def moves(self, plan: Plan) -> Moves | None:
         """What the ranks of all groups copy from one's pool to another's before the forward pass; None for nothing."""
+        if self.group is None or not plan.copy_from:
+            return None
         source, target = ints(plan.copy_from), ints(plan.copy_to)
         away = source != target
-        if self.group is None or not away.any():
+        if not away.any():
             return None
         blocks = ints(plan.copy_sources[self.column]), ints(plan.copy_targets[self.column])
         return Moves(source[away], target[away], *(each[away] for each in blocks))
@@ -115,16 +131,28 @@ class TableMirror:
 
         Pages of other groups are not listed: a row may have none.
         """
+        windows = tuple(windows)
+        if self._native is not None:
+            rows = (plan.slots, plan.query_start, plan.first_position, plan.tokens)
+            found = self._native.rows(*rows, windows)
+            if found is not None:
+                return Batch(*found)
+        return self._computed(plan, windows)
+
+    def _computed(self, plan: Plan, windows: tuple[int, ...]) -> Batch:
         query_start, first, slots = ints(plan.query_start), ints(plan.first_position), ints(plan.slots)
+        _check_starts(query_start, len(slots), len(first), len(plan.tokens))
         lengths = query_start[1:] - query_start[:-1]
         _check_range("slots", slots, self.tables.shape[0])
         num_pages = -(-(first + lengths) // self.block_size)
         _check_range("first_position", num_pages, self.tables.shape[1] + 1)
-        slot_of_token, positions = slots, first.astype(np.int64)
-        if len(plan.tokens) != len(slots):  # some row has more than one
-            slot_of_token = np.repeat(slots, lengths)
-            positions = np.arange(query_start[-1]) + np.repeat(first - query_start[:-1], lengths)
-        blocks = self.tables[slot_of_token, positions // self.block_size].astype(np.int64)
+        _check_range("first_position", first, self.tables.shape[1] * self.block_size + 1)
+        if num_pages.sum(dtype=np.int64) > _MAX_ENTRIES:
+            raise InvariantBroken(
+                f"plan: slots: got {num_pages.sum(dtype=np.int64)} pages, must be {_MAX_ENTRIES} at most"
+            )
+        positions = np.arange(query_start[-1]) + np.repeat(first - query_start[:-1], lengths)
+        blocks = self.tables[np.repeat(slots, lengths), positions // self.block_size].astype(np.int64)
         first_position = torch.from_numpy(first)
         return Batch(
             tokens=torch.from_numpy(ints(plan.tokens).astype(np.int64)),
@@ -164,6 +192,14 @@ class TableMirror:
 def ints(values: array[int]) -> Ints:
     """A plan's array as numpy. A copy: a view would forbid the plan to grow while it lives."""
     return np.array(values, dtype=np.int32)
+
+
+def _check_starts(query_start: Ints, num_rows: int, num_first: int, num_tokens: int) -> None:
+    if len(query_start) != num_rows + 1 or num_first != num_rows:
+        got = f"{len(query_start)} for {num_rows} slots and {num_first} first positions"
+        raise InvariantBroken(f"plan: query_start: got {got}, must be one more than of either")
+    if query_start[0] or query_start[-1] != num_tokens or (query_start[1:] < query_start[:-1]).any():
+        raise InvariantBroken(f"plan: query_start: got {query_start.tolist()}, must rise from 0 to {num_tokens}")
 
 
 def _check_range(name: str, values: Ints, limit: int) -> None:

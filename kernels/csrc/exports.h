@@ -17,6 +17,19 @@ struct Pages {
     int64_t level, threads;
 };
 
+// A rank's block tables, [num_slots][num_blocks]; mirrored by tables.py.
+struct Tables {
+    int32_t* blocks;
+    int64_t num_slots, num_blocks, block_size;
+    int64_t group;  // the only one whose pages are in reach, those of others are -1; below 0: there is one group
+};
+
+// A plan's rows as worker/plan.py has them; made by tables.py as an array of 64-bit numbers.
+struct Rows {
+    const int32_t *slots, *query_start, *first_position, *tokens;
+    int64_t num_rows, num_tokens;
+};
+
 }  // namespace quire
 
 // Bit set of the levels that this machine runs: 1 plain, 2 avx2, 4 avx512 with bfloat16.
@@ -88,3 +101,21 @@ QUIRE_EXPORT int64_t quire_count_await(quire::SharedCount* count, uint32_t least
 QUIRE_EXPORT void quire_count_advance(quire::SharedCount* count);
 QUIRE_EXPORT void quire_count_fail(quire::SharedCount* count);
 QUIRE_EXPORT int64_t quire_count_is_broken(const quire::SharedCount* count);
+
+// tables[slot, index] = block, or -1 where `group` is given and names another. 1, without a message, where a slot or an
+// index is out of range; nothing is changed then.
+QUIRE_EXPORT int64_t quire_tables_change(const quire::Tables* tables, const int32_t* slot, const int32_t* index,
+                                         const int32_t* block, const int32_t* group, int64_t count);
+
+// What a plan's rows are to the kernels: arrays by token, and by row. 1, without a message and with nothing written,
+// where the rows do not fit the tables.
+QUIRE_EXPORT int64_t quire_tables_rows(const quire::Tables* tables, const quire::Rows* rows, int64_t* tokens,
+                                       int64_t* positions, int64_t* slots, int32_t* query_start,
+                                       int32_t* first_position);
+
+// The pages that rows which fit attend in layers of a window (0: none). The first writes where each row's begin and
+// returns how many there are; the second writes so many, with the tables unchanged since.
+QUIRE_EXPORT int64_t quire_tables_starts(const quire::Tables* tables, const quire::Rows* rows, int64_t window,
+                                         int32_t* start);
+QUIRE_EXPORT void quire_tables_pages(const quire::Tables* tables, const quire::Rows* rows, int64_t window,
+                                     int32_t* block, int32_t* position);

@@ -19,6 +19,12 @@ from worker.tables import TableMirror
 SIZE = 4
 
 
+@pytest.fixture(params=["auto", "reference"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Natively where that is built, and by numpy."""
+    monkeypatch.setenv("QUIRE_KERNELS", request.param)
+
+
 def two_groups() -> Plan:
     """Slot 2 decodes at position 9 behind pages of groups 0, 1, 0; slot 0 prefills 3..7 in groups 1, 1."""
     plan = Plan(PlanNumber(1), table_blocks=by_column(2), copy_sources=by_column(2), copy_targets=by_column(2))

@@ -150,10 +150,12 @@ def _has_equal_spellings(plan: Plan) -> bool:
 
 @pytest.mark.parametrize("count", [2**32 - 1, 2**31, 10**6])
 def test_a_huge_count_is_refused_without_the_memory(count: int) -> None:
-    data = (7).to_bytes(8, "little") + count.to_bytes(4, "little") + b"\0" * 64
-    for decode in (decode_plan, decode_result):
+    number, huge, rest = (7).to_bytes(8, "little"), count.to_bytes(4, "little"), b"\0" * 128
+    with pytest.raises(BadFrame, match="bytes early"):
+        decode_result(number + huge + rest)
+    for at in range(len(ARRAYS) + len(COLUMNS)):
         with pytest.raises(BadFrame, match="bytes early"):
-            decode(data)
+            decode_plan(number + b"\0" * 4 * at + huge + rest)
 
 
 def test_numbers_that_are_not_finite_go_over() -> None:
