@@ -1,6 +1,7 @@
 """`quire plan` beside runs: predicted and measured time of the same work, turn by turn.
 
-    python -m benchmarks.predictions --model DIR [--hardware NAME|FILE] [--cases T=2:decode:8,...] [--turns 5] [--json]
+    python -m benchmarks.predictions --model DIR [--hardware NAME|FILE] [--cases T=2:decode:8,...] [--turns 5]
+                                     [--awake] [--json]
 
 Constants are measured first, as by `quire plan --measure`, or taken from --hardware. But how much cores read changes
 within seconds on a virtual machine, and with it whatever reads weights and does little else. So as many readers as the
@@ -16,10 +17,11 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.parallel import KEEPS_UP, ONE, PAGE, STAGES, TENSOR, begin, decode, prefill, step_seconds
+from benchmarks.parallel import KEEPS_UP, ONE, PAGE, STAGES, TENSOR, Awake, begin, decode, prefill, step_seconds
 from launch.flags import Parser
 from launch.hardware_file import read_hardware
 from launch.llm import LLM
@@ -102,7 +104,8 @@ class Case:
 
 
 def turns(cases: Sequence[Case], model: str, hardware: Hardware, count: int) -> Iterator[tuple[Case, Turn]]:
-    """Every case in turn, so that all of them see both states of memory; engines of equal settings are one."""
+    """Cases of one layout in turn, so that all of them see both states of memory. Its engine is alone: of several, one
+    would have cores of its own and the others would not."""
     longest = max(case.context for case in cases) + MAX_TOKENS
     base: dict[str, Any] = {
         "dtype": "bfloat16",
@@ -110,22 +113,21 @@ def turns(cases: Sequence[Case], model: str, hardware: Hardware, count: int) -> 
         "max_num_seqs": 128,
         "kv_cache_memory_bytes": 1 << 30,
     }
-    layouts = dict.fromkeys(case.layout for case in cases)
-    engines = {each: LLM(model, **base, **LAYOUTS[each][0]) for each in layouts}
+    (layout,) = {case.layout for case in cases}
+    engine = LLM(model, **base, **LAYOUTS[layout][0])
     try:
         for case in cases:
-            case.measure(engines[case.layout])  # buffers, pages of the pool, a warm team
+            case.measure(engine)  # buffers, pages of the pool, a warm team
         for _ in range(count):
             for case in cases:
                 before = read_rate(case.num_ranks)
-                measured = case.measure(engines[case.layout])
+                measured = case.measure(engine)
                 rates = before, read_rate(case.num_ranks)
                 first, last = (case.predict(replace(hardware, host_read_bytes_per_s=rate)) for rate in rates)
                 if abs(last - first) <= STEADY * first:
                     yield case, Turn((first + last) / 2, measured, sum(rates) / 2)
     finally:
-        for llm in engines.values():
-            llm.close()
+        engine.close()
 
 
 def lines(case: Case, found: Sequence[Turn], alone: float) -> Iterator[dict[str, Any]]:
@@ -151,22 +153,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--hardware", help="a table's name or file; default: measured first")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--turns", type=int, default=5, help="at most 32: a long sequence goes on in all; default: 5")
+    parser.add_argument("--awake", action="store_true", help="keep cores awake (benchmarks.parallel --await-memory)")
     parser.add_argument("--json", action="store_true", help="one JSON line for each line of the table")
     options = parser.parse_args(arguments)
     say: Callable[[str], None] = lambda text: print(f"measuring {text}", file=sys.stderr)  # noqa: E731
     hardware = read_hardware(options.hardware) if options.hardware else measure(say=say)
     cases = [Case(name, options.model) for name in options.cases.split(",")]
     # engines that hold a long sequence do nothing else meanwhile
-    groups = [[case for case in cases if case.is_long == is_long] for is_long in (False, True)]
+    kinds = dict.fromkeys((case.layout, case.is_long) for case in cases)
+    groups = [[case for case in cases if (case.layout, case.is_long) == kind] for kind in kinds]
     if not options.json:
         print("case                keeps up  turns  GB/s  predicted ms  measured ms  predicted / measured")
-    for group in filter(None, groups):
-        found: dict[Case, list[Turn]] = {case: [] for case in group}
-        for case, turn in turns(group, options.model, hardware, options.turns):
-            found[case].append(turn)
-        for case, some in found.items():
-            for line in lines(case, some, hardware.read_bytes_per_s):
-                print(json.dumps(line) if options.json else _row(line), flush=True)
+    with Awake() if options.awake else nullcontext():
+        for group in groups:
+            found: dict[Case, list[Turn]] = {case: [] for case in group}
+            for case, turn in turns(group, options.model, hardware, options.turns):
+                found[case].append(turn)
+            for case, some in found.items():
+                for line in lines(case, some, hardware.read_bytes_per_s):
+                    print(json.dumps(line) if options.json else _row(line), flush=True)
     return 0
 
 

@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             report.part(name, depth + 1, time_part(shard, case, targets, part_steps))
         if case == Case(64, 1000) and not options.json:
             print(f"  goal: a step under {GOAL_US:.0f} us: {'met' if median < GOAL_US else 'missed'}")
-    report.begin(f"{first} x {length}, on each rank (numpy, torch tensors)")
+    report.begin(f"{first} x {length}, on each rank")
     applies, batches = time_ranks(Shard(Case(first, length), steps), steps)
     report.whole("TableMirror.apply", applies)
     report.whole("TableMirror.batch", batches)

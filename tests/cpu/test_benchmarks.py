@@ -195,7 +195,7 @@ def test_scheduler_prints_every_part_of_every_case(capsys: pytest.CaptureFixture
         "2 x 40, sharing on, 5 wait for a slot": every,
         "2 x 40, sharing on, 5 wait for pages": every,
         "2 x 40, sharing on, 5 wait for pages behind 64 cached tokens": every,
-        "2 x 40, on each rank (numpy, torch tensors)": ["TableMirror.apply", "TableMirror.batch"],
+        "2 x 40, on each rank": ["TableMirror.apply", "TableMirror.batch"],
         "a prompt of 64 tokens whose pages are cached": ["hash", "look up", "admitting step"],
     }
     assert (found[-1]["case"], found[-1]["part"]) == ("calibration", "loop") and found[-1]["ns_per_turn"] > 0
