@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import statistics
 import threading
 import time
@@ -35,11 +36,11 @@ _SAMPLES, _REPEATS = 7, 4
 _RESERVE = 2.5e8  # a rank's process with torch: PSS of 210 MB, measured, and stacks
 # assumed where only one host can be seen: gloo between two network namespaces of one machine, 0.24 ms and 1 GB/s
 _NETWORK_S, _NETWORK_RATE = 2.4e-4, 1.0e9
-_PLAN_S = 1.4e-5  # of Unix sockets: 52 us for four ranks
+_PLAN_S = 8e-5  # traced: a frame to a rank that sleeps, with caches as a step leaves them
 
 SOURCES = {
     "reserve_bytes": "a process with torch",
-    "plan_s": "not measured: a Unix socket",
+    "plan_s": "not measured: a frame to a rank that sleeps",
     "float32_share": "not measured: registers hold half as many",
     "network_exchange_s": "not measured: gloo between two namespaces of one machine",
     "network_bytes_per_s": "not measured: the same",
@@ -283,26 +284,55 @@ def _attention(heads: int, kv_heads: int, dim: int, queries: int = 1) -> _Rate:
     return _Rate(num_bytes / seconds, 4 * pairs * heads * dim / seconds)
 
 
+class _Pair:
+    """Two ranks of equal layers, which meet or not."""
+
+    def __init__(self, backend: Native, shape: DecoderShape, layers: int, max_rows: int, cores: int) -> None:
+        self.layers, self._cores = layers, cores
+        self._toys = [_Toy(backend, shape, layers, 1, max_rows) for _ in range(2)]
+        capacity = shape.tensor_bytes(max_rows)
+        memory = mmap.mmap(-1, SharedPeers.num_bytes(2, capacity))
+        self._peers = [SharedPeers(memory, 0, rank, 2, capacity) for rank in range(2)]
+        for peer in self._peers:
+            peer.struct.reads_ahead = cores > 1  # as ranks with cores of their own do
+
+    def extra(self, rows: int, samples: int) -> float:
+        """Seconds that an exchange adds to layers of both at once."""
+        found = []
+        for _ in range(samples + 1):
+            apart = self._seconds(rows, (None, None))
+            found.append((self._seconds(rows, self._peers) - apart) / (2 * self.layers))
+        return max(1e-7, statistics.median(found[1:]))
+
+    def _seconds(self, rows: int, peers: Sequence[SharedPeers | None]) -> float:
+        """Of the later of the two, each on a core of its own where there are two."""
+        cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        begin, found = threading.Barrier(2), [0.0, 0.0]
+
+        def run(rank: int) -> None:
+            if self._cores > 1 and len(cpus) > 1:
+                os.sched_setaffinity(0, cpus[rank : rank + 1])
+            forward = _repeated(partial(self._toys[rank].forward, rows, peers[rank]))
+            begin.wait()
+            start = time.perf_counter()
+            forward()
+            found[rank] = time.perf_counter() - start
+
+        _together([partial(run, rank) for rank in range(2)])
+        return max(found) / _REPEATS
+
+
 def _exchange(backend: Native, cores: int) -> tuple[float, float]:
-    """(seconds of an exchange, its bytes/s): how much longer a step takes with a peer."""
-    layers, many = 16, 256
-    shape = _thin()
-    toys = [_Toy(backend, shape, layers, 1, many) for _ in range(2)]
-    capacity = shape.tensor_bytes(many)
-    memory = mmap.mmap(-1, SharedPeers.num_bytes(2, capacity))
-    peers = [SharedPeers(memory, 0, rank, 2, capacity) for rank in range(2)]
-    turns = 1 if cores > 1 else 2  # on one core the two ranks take turns
+    """(seconds of an exchange, its bytes/s): how much longer a step takes with a peer.
 
-    def extra(rows: int, samples: int | None) -> float:
-        alone = _wall_seconds(partial(toys[0].forward, rows), samples)
-        pairs = zip(toys, peers, strict=True)
-        calls = [_repeated(partial(toy.forward, rows, peer)) for toy, peer in pairs]
-        both = _wall_seconds(partial(_together, calls), samples) / _REPEATS
-        return max(1e-7, (both - turns * alone) / (2 * layers))
-
-    latency = extra(1, 20)
-    moving = max(1e-7, extra(many, None) - latency)
-    return latency, 2 * many * shape.hidden * 4 / moving
+    Two ranks that read weights from memory are late in turn, so most of an exchange is waiting for the other.
+    """
+    many = 256
+    thin, thick = _thin(), DecoderShape(1024, 8, 1, 64, 2816, 32, 1e-6, 1.0, (0,))
+    latency = _Pair(backend, thick, 8, 1, cores).extra(1, 15)
+    pair = _Pair(backend, thin, 16, many, cores)
+    moving = max(1e-7, pair.extra(many, _SAMPLES) - pair.extra(1, 15))
+    return latency, 2 * many * thin.hidden * 4 / moving
 
 
 class _Timed:

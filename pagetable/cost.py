@@ -174,7 +174,7 @@ class Cost:
         count = min(self.ways.pipeline, sequences)
         rows = -(-sequences // count)
         times = [self.decode(stage, rows, load) for stage in self.stages]
-        times[0] = self._led(times[0], rows)
+        times = [self._told(each, index, rows) for index, each in enumerate(times)]
         slowest = max(times, key=lambda each: each.total)
         hand_overs = sum(self._hand_over(stage, rows) for stage in self.stages[:-1])
         through = sum(each.total for each in times) + hand_overs
@@ -218,7 +218,7 @@ class Cost:
             times = [self._chunk(stage, start, size, together, is_last) for stage in kinds]
             hand_overs, before = [self._hand_over(stage, size * together) for stage in kinds], 0.0
             for index, kind in enumerate(kind_of):
-                seconds = (self._led(times[kind], together) if index == 0 else times[kind]).total
+                seconds = self._told(times[kind], index, together).total
                 busy[index] += seconds
                 ends[index] = max(before, ends[index]) + seconds
                 before = ends[index] + hand_overs[kind]
@@ -321,11 +321,15 @@ class Cost:
         barriers = _BARRIERS * self.hardware.barrier_s if self.hardware.threads > 1 else 0.0
         return stage.num_halves / 2 * (self.hardware.layer_s + barriers)
 
-    def _led(self, times: Times, rows: int) -> Times:
-        """With the leader's planning, and its plan on the way to the other ranks."""
-        others = self.ways.tensor * self.ways.pipeline - 1
-        planning = self.hardware.step_s + rows * self.hardware.row_s + others * self.hardware.plan_s
-        return dataclasses.replace(times, overhead=times.overhead + planning)
+    def _told(self, times: Times, stage: int, rows: int) -> Times:
+        """With the leader's planning, and messages: its plan to all other ranks, and the last stage's result."""
+        messages = self.ways.tensor * self.ways.pipeline - 1 if stage == 0 else 1
+        if 0 < stage == self.ways.pipeline - 1:
+            messages += 1
+        told = messages * self.hardware.plan_s
+        if stage == 0:
+            told += self.hardware.step_s + rows * self.hardware.row_s
+        return dataclasses.replace(times, overhead=times.overhead + told)
 
     def _collectives(self, stage: Stage, tokens: int) -> float:
         """Two sums a layer over T ranks; queries and partial attention over the G ranks of a slice."""

@@ -38,10 +38,11 @@ class Hardware:
         attention_read_share: of the read rate, that attention reaches on keys and values.
         attention_decode_flops, attention_prefill_flops: where multiplying, not reading, is the limit.
         layer_s: of starting a layer's kernels; barrier_s: of threads of one rank that wait for each other.
-        step_s, row_s: of planning and sampling by the leader, for a step and for each of its rows; plan_s: of sending a
-            plan to one rank more.
+        step_s, row_s: of planning and sampling by the leader, for a step and for each of its rows; plan_s: of a
+            plan to one rank more, on either side, and of a result.
         collective: "exchange" (each rank reads what all wrote) or "ring".
-        exchange_s, exchange_bytes_per_s: of a collective between devices of a host, and of a hand-over.
+        exchange_s, exchange_bytes_per_s: of a collective between devices of a host, which wait for each other in it, and
+            of a hand-over.
         activation_bytes: of one number that ranks sum or hand over.
         threads: cores that make a device.
     """

@@ -101,6 +101,10 @@ def test_planning_and_launches_add_to_each_step() -> None:
     assert busy.slowest.overhead == pytest.approx(2 * 1.0 + 10.0 + 3 * 100.0)
     told = cost(with_(plan_s=1.0), Ways(4, 1, 1, 2)).predict(dataclasses.replace(LOAD, batch=2))
     assert told.slowest.overhead == pytest.approx(3)  # ranks of one shard
+    stages = (STAGE,) * 3
+    silent, told = (cost(with_(plan_s=each), Ways(2, 3), *stages).predict(LOAD) for each in (0.0, 1.0))
+    # a lone sequence passes all stages: five plans from the first, one taken by each other, and a result
+    assert told.step_s - silent.step_s == pytest.approx(5 + 1 + 1 + 1)
 
 
 def test_attention_is_the_slower_of_reading_and_multiplying_and_more_where_they_are_equal() -> None:
