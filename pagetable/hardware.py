@@ -41,8 +41,8 @@ class Hardware:
         step_s, row_s: of planning and sampling by the leader, for a step and for each of its rows; plan_s: of a
             plan to one rank more, on either side, and of a result.
         collective: "exchange" (each rank reads what all wrote) or "ring".
-        exchange_s, exchange_bytes_per_s: of a collective between devices of a host, which wait for each other in it, and
-            of a hand-over.
+        exchange_s, exchange_bytes_per_s: of a collective between devices of a host, with what they wait for each other
+            in it, and of a hand-over.
         activation_bytes: of one number that ranks sum or hand over.
         threads: cores that make a device.
     """
