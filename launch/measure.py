@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 import statistics
 import threading
 import time
@@ -26,6 +25,7 @@ from launch.models.catalog import resolve
 from pagetable.errors import NotSupported
 from pagetable.hardware import Hardware
 from pagetable.sampling import SamplingParams
+from worker.cores import Cores
 from worker.loop import Inline
 from worker.runner import Runner
 
@@ -80,7 +80,7 @@ def _measure(backend: Native, cores: int, say: Callable[[str], None]) -> Hardwar
     say("attention")
     slow_read, decode, prefill = _attention(1, 1, 128), _attention(7, 1, 64), _attention(7, 1, 64, 256)
     say("exchange")
-    latency, rate = _exchange(backend, cores)
+    latency, rate = _exchange(backend)
     say("planning")
     step, row = _planning()
     return Hardware(
@@ -285,16 +285,18 @@ def _attention(heads: int, kv_heads: int, dim: int, queries: int = 1) -> _Rate:
 
 
 class _Pair:
-    """Two ranks of equal layers, which meet or not."""
+    """Two ranks of equal layers, which meet or not, each on its own cores where it has some."""
 
-    def __init__(self, backend: Native, shape: DecoderShape, layers: int, max_rows: int, cores: int) -> None:
+    def __init__(
+        self, backend: Native, shape: DecoderShape, layers: int, max_rows: int, cores: Sequence[Cores]
+    ) -> None:
         self.layers, self._cores = layers, cores
         self._toys = [_Toy(backend, shape, layers, 1, max_rows) for _ in range(2)]
         capacity = shape.tensor_bytes(max_rows)
         memory = mmap.mmap(-1, SharedPeers.num_bytes(2, capacity))
         self._peers = [SharedPeers(memory, 0, rank, 2, capacity) for rank in range(2)]
-        for peer in self._peers:
-            peer.struct.reads_ahead = cores > 1  # as ranks with cores of their own do
+        for peer, own in zip(self._peers, cores, strict=True):
+            peer.struct.reads_ahead = bool(own.cpus)  # as a shard's ranks do
 
     def extra(self, rows: int, samples: int) -> float:
         """Seconds that an exchange adds to layers of both at once."""
@@ -305,13 +307,11 @@ class _Pair:
         return max(1e-7, statistics.median(found[1:]))
 
     def _seconds(self, rows: int, peers: Sequence[SharedPeers | None]) -> float:
-        """Of the later of the two, each on a core of its own where there are two."""
-        cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        """Of the later of the two."""
         begin, found = threading.Barrier(2), [0.0, 0.0]
 
         def run(rank: int) -> None:
-            if self._cores > 1 and len(cpus) > 1:
-                os.sched_setaffinity(0, cpus[rank : rank + 1])
+            self._cores[rank].stay()
             forward = _repeated(partial(self._toys[rank].forward, rows, peers[rank]))
             begin.wait()
             start = time.perf_counter()
@@ -322,16 +322,21 @@ class _Pair:
         return max(found) / _REPEATS
 
 
-def _exchange(backend: Native, cores: int) -> tuple[float, float]:
+def _exchange(backend: Native) -> tuple[float, float]:
     """(seconds of an exchange, its bytes/s): how much longer a step takes with a peer.
 
     Two ranks that read weights from memory are late in turn, so most of an exchange is waiting for the other.
     """
     many = 256
     thin, thick = _thin(), DecoderShape(1024, 8, 1, 64, 2816, 32, 1e-6, 1.0, (0,))
-    latency = _Pair(backend, thick, 8, 1, cores).extra(1, 15)
-    pair = _Pair(backend, thin, 16, many, cores)
-    moving = max(1e-7, pair.extra(many, _SAMPLES) - pair.extra(1, 15))
+    cores = [Cores.claim(1) for _ in range(2)]
+    try:
+        latency = _Pair(backend, thick, 8, 1, cores).extra(1, 15)
+        pair = _Pair(backend, thin, 16, many, cores)
+        moving = max(1e-7, pair.extra(many, _SAMPLES) - pair.extra(1, 15))
+    finally:
+        for each in cores:
+            each.release()
     return latency, 2 * many * thin.hidden * 4 / moving
 
 
