@@ -331,7 +331,7 @@ def _exchange(backend: Native) -> tuple[float, float]:
     thin, thick = _thin(), DecoderShape(1024, 8, 1, 64, 2816, 32, 1e-6, 1.0, (0,))
     cores = [Cores.claim(1) for _ in range(2)]
     try:
-        latency = _Pair(backend, thick, 8, 1, cores).extra(1, 15)
+        latency = _Pair(backend, thick, 8, 1, cores).extra(1, 50)
         pair = _Pair(backend, thin, 16, many, cores)
         moving = max(1e-7, pair.extra(many, _SAMPLES) - pair.extra(1, 15))
     finally:
