@@ -274,6 +274,14 @@ def backend_for(device: torch.device) -> Backend:
     return backend
 
 
+def has_native() -> bool:
+    """Whether the native library is built, and not switched off by QUIRE_KERNELS: whatever the device of a model, its
+    tables may use it."""
+    from kernels import cpu
+
+    return os.environ.get("QUIRE_KERNELS") != "reference" and cpu.why_missing() is None
+
+
 def available() -> tuple[str, ...]:
     """The choices other than "auto" that `pick` grants here."""
     from kernels import cpu

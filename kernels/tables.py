@@ -7,7 +7,6 @@ who can do the same without them, finds that out.
 from __future__ import annotations
 
 import ctypes
-import os
 from array import array
 from collections.abc import Iterable
 from typing import TypeAlias
@@ -36,11 +35,6 @@ class _Tables(ctypes.Structure):
 
 # tokens, positions, slots, query_start; pages and masks by window
 Rows: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict[int, PageList], dict[int, Mask]]
-
-
-def wanted() -> bool:
-    """Whether the native kernels are built, and not switched off for this process."""
-    return os.environ.get("QUIRE_KERNELS") != "reference" and cpu.why_missing() is None
 
 
 class NativeTables:

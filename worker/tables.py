@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels import tables as native
-from kernels.ops import Mask, PageList
+from kernels.ops import Mask, PageList, has_native
+from kernels.tables import NativeTables
 from pagetable.errors import InvariantBroken
 from worker.plan import Plan
 
@@ -74,7 +74,7 @@ class TableMirror:
     ) -> None:
         self.block_size, self.column, self.group = block_size, column, group
         self.tables: Final[Ints] = np.full((max_num_seqs, max_blocks_per_seq), -1, dtype=np.int32)
-        self._native = native.NativeTables(self.tables, block_size, group) if native.wanted() else None
+        self._native = NativeTables(self.tables, block_size, group) if has_native() else None
 
     def apply(self, plan: Plan) -> None:
         """Carry out the plan's table changes. InvariantBroken (and nothing changed) where one is out of range."""
