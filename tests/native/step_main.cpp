@@ -12,13 +12,13 @@
 #include <memory>
 #include <random>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "../../kernels/csrc/exports.h"
 #include "../../kernels/csrc/peers.h"
 #include "../../kernels/csrc/step.h"
 #include "../../kernels/csrc/team.h"
+#include "tables_check.h"
 
 using namespace quire;
 
@@ -257,98 +257,15 @@ bool counts_hand_on_and_break() {
     return std::fprintf(stderr, "counts: %d %d\n", (int)sum, (int)code), false;
 }
 
-// Rows of random tables, in arrays of just their sizes, token by token and page by page; and rows that do not fit.
 bool tables_tell_what_rows_are() {
-    const auto any = [](int64_t below) { return (int64_t)(draw() % (uint32_t)below); };
     for (int trial = 0; trial < 300; trial++) {
-        const int64_t slots = 1 + any(5), blocks = 1 + any(7), size = 1 + any(5), num_rows = any(7), group = any(3) - 1;
-        std::vector<int32_t> table(slots * blocks), slot_of_row, query_start{0}, first, ids;
-        for (auto& block : table) block = group >= 0 && any(2) ? -1 : (int32_t)any(100);
-        for (int64_t i = 0; i < num_rows; i++) {
-            const int64_t end = any(blocks * size + 1), begin = any(end + 1);
-            slot_of_row.push_back((int32_t)any(slots)), first.push_back((int32_t)begin);
-            query_start.push_back((int32_t)(query_start[i] + end - begin));
-        }
-        const int64_t num_tokens = query_start[num_rows];
-        for (int64_t t = 0; t < num_tokens; t++) ids.push_back((int32_t)any(1000));
-        const Tables tables{table.data(), slots, blocks, size, group};
-        // exact sizes on the heap
-        const auto exact = [](const std::vector<int32_t>& from) {
-            std::unique_ptr<int32_t[]> to(new int32_t[from.size()]);
-            std::copy(from.begin(), from.end(), to.get());
-            return to;
-        };
-        const auto own_slots = exact(slot_of_row), own_start = exact(query_start), own_first = exact(first);
-        const auto own_ids = exact(ids);
-        const Rows rows{own_slots.get(), own_start.get(), own_first.get(), own_ids.get(), num_rows, num_tokens};
-        const auto longs = [&] { return std::unique_ptr<int64_t[]>(new int64_t[num_tokens]); };
-        const auto ints = [](int64_t count) { return std::unique_ptr<int32_t[]>(new int32_t[count]); };
-        const auto tokens = longs(), positions = longs(), places = longs();
-        const auto starts = ints(num_rows + 1), firsts = ints(num_rows);
-        const auto fill = [&] {
-            return quire_tables_rows(&tables, &rows, tokens.get(), positions.get(), places.get(), starts.get(),
-                                     firsts.get());
-        };
-        bool same = fill() == 0 && starts[0] == 0;
-        for (int64_t i = 0; i < num_rows; i++) {
-            same &= starts[i + 1] == query_start[i + 1] && firsts[i] == first[i];
-            for (int64_t t = query_start[i]; t < query_start[i + 1]; t++) {
-                const int64_t position = first[i] + t - query_start[i];
-                const int64_t block = table[slot_of_row[i] * blocks + position / size];
-                same &= tokens[t] == ids[t] && positions[t] == position;
-                same &= places[t] == (block < 0 ? -1 : block * size + position % size);
-            }
-        }
-        for (const int64_t window : {(int64_t)0, 1 + any(9), (int64_t)1 << 40}) {
-            const auto start = ints(num_rows + 1);
-            const int64_t count = quire_tables_starts(&tables, &rows, window, start.get());
-            const auto block = ints(count), position = ints(count);
-            quire_tables_pages(&tables, &rows, window, block.get(), position.get());
-            int64_t entry = 0;
-            for (int64_t i = 0; i < num_rows; i++) {
-                const int64_t end = first[i] + query_start[i + 1] - query_start[i];
-                same &= start[i] == entry;
-                for (int64_t page = 0; page * size < end; page++) {
-                    const int32_t there = table[slot_of_row[i] * blocks + page];
-                    if (there < 0 || (window && (page + 1) * size <= first[i] - window + 1)) continue;
-                    same &= entry < count && block[entry] == there && position[entry] == page * size;
-                    entry++;
-                }
-            }
-            same &= start[num_rows] == entry && entry == count;
-        }
-        if (!same) return std::fprintf(stderr, "tables: trial %d differs\n", trial), false;
-        if (num_rows == 0) continue;
-        const int64_t row = any(num_rows);
-        const auto refused = [&](int32_t& value, int64_t to) {
-            const int32_t before = std::exchange(value, (int32_t)to);
-            const bool is_refused = fill() == 1;
-            value = before;
-            return is_refused;
-        };
-        const int32_t lowest = INT32_MIN, highest = INT32_MAX;
-        for (const int64_t beyond : {(int64_t)-1, slots, (int64_t)lowest, (int64_t)highest})
-            same &= refused(own_slots[row], beyond);
-        for (const int64_t beyond : {(int64_t)-1, blocks * size + 1, (int64_t)lowest, (int64_t)highest})
-            same &= refused(own_first[row], beyond);
-        for (const int64_t beyond : {(int64_t)-1, num_tokens + 1, (int64_t)lowest, (int64_t)highest})
-            same &= refused(own_start[any(num_rows + 1)], beyond);
-        if (!same) return std::fprintf(stderr, "tables: trial %d takes rows that do not fit\n", trial), false;
-        std::vector<int32_t> slot{0, (int32_t)slots - 1}, index{(int32_t)blocks - 1, 0}, to{7, 8}, of{1, 1};
-        const auto change = [&](const int32_t* groups) {
-            return quire_tables_change(&tables, slot.data(), index.data(), to.data(), groups, 2);
-        };
-        same = change(group < 0 ? nullptr : of.data()) == 0;
-        same &= table[(slots - 1) * blocks] == (group == 0 ? -1 : 8);  // the later one, where there is one entry
-        same &= table[blocks - 1] == (group == 0 ? -1 : blocks * slots == 1 ? 8 : 7);
-        const std::vector<int32_t> before = table;
-        for (int32_t* value : {&slot[1], &index[1]})
-            for (const int32_t beyond : {-1, (int32_t)(value == &slot[1] ? slots : blocks), lowest, highest}) {
-                const int32_t kept = std::exchange(*value, beyond);
-                same &= change(nullptr) == 1;
-                *value = kept;
-            }
-        if (!same || table != before) return std::fprintf(stderr, "tables: trial %d changes wrongly\n", trial), false;
+        TablesCheck check(draw);
+        const char* fault = nullptr;
+        if (!check.rows_are_right()) fault = "rows differ";
+        if (!check.pages_are_right()) fault = "pages differ";
+        if (!check.misfits_are_refused()) fault = "takes rows that do not fit";
+        if (!check.changes_are_right()) fault = "changes wrongly";
+        if (fault) return std::fprintf(stderr, "tables: trial %d %s\n", trial, fault), false;
     }
     return true;
 }
