@@ -31,16 +31,27 @@ struct PackedPairs {
 constexpr int kPanelRows = W == 16 ? 14 : W == 8 ? 5 : 4;  // as many sums as registers hold
 constexpr int kPanelVectors = 2;                           // of a panel, at a time
 constexpr int64_t kFetch = 16 * 1024;                      // bytes between a load and its prefetch
-constexpr int64_t kFewRows = 4;                            // wait for memory, which the hardware fetches best by itself
+constexpr int64_t kFetchOnce = 10 * 1024;                  // the same, where a panel is read only once
+
+// Lines to ask for while a panel is read: so many with each of its rows.
+struct Fetch {
+    const char* at;
+    int64_t lines;
+    bool is_once;  // past the caches that keep what was read: a step reads weights that no cache holds until the next
+};
 
 // sums[i][lane] for R rows of A, `a_row` words apart, and kPanelVectors vectors of a panel.
 template <class Words, int R>
 static void panel_rows(const typename Words::Word* a, int64_t a_row, const typename Words::Word* b, int64_t depth,
-                       const char* fetch, int64_t fetch_lines, float* sums) {
+                       Fetch fetch, float* sums) {
     F total[R][kPanelVectors] = {};
     for (int64_t k = 0; k < depth; k++) {
         const auto* row = b + k * kPanel;
-        for (int64_t line = 0; line < fetch_lines; line++, fetch += 64) __builtin_prefetch(fetch, 0, 2);
+        for (int64_t line = 0; line < fetch.lines; line++, fetch.at += 64)
+            if (fetch.is_once)
+                __builtin_prefetch(fetch.at, 0, 0);
+            else
+                __builtin_prefetch(fetch.at, 0, 2);
         decltype(Words::load_words(b)) right[kPanelVectors];
 #pragma GCC unroll 2
         for (int j = 0; j < kPanelVectors; j++) right[j] = Words::load_words(row + j * W);
@@ -60,11 +71,11 @@ static void panel_rows(const typename Words::Word* a, int64_t a_row, const typen
 // sums[i][lane] of a whole panel for `rows` rows, at most R.
 template <class Words, int R>
 static void panel_tile(int64_t rows, const typename Words::Word* a, int64_t a_row, const typename Words::Word* b,
-                       int64_t depth, const char* fetch, int64_t fetch_lines, float* sums) {
+                       int64_t depth, Fetch fetch, float* sums) {
     if constexpr (R > 0) {
-        if (rows < R) return panel_tile<Words, R - 1>(rows, a, a_row, b, depth, fetch, fetch_lines, sums);
-        for (int j = 0; j < kPanel; j += kPanelVectors * W, fetch_lines = 0)
-            panel_rows<Words, R>(a, a_row, b + j, depth, fetch, fetch_lines, sums + j);
+        if (rows < R) return panel_tile<Words, R - 1>(rows, a, a_row, b, depth, fetch, sums);
+        for (int j = 0; j < kPanel; j += kPanelVectors * W, fetch.lines = 0)
+            panel_rows<Words, R>(a, a_row, b + j, depth, fetch, sums + j);
     }
 }
 
@@ -126,15 +137,20 @@ static void product(const Product& product, int64_t panel, int64_t panel_end, in
     const int64_t rows = row_end - row, tiles = (rows + kPanelRows - 1) / kPanelRows;
     for (; panel < panel_end; panel++) {
         const Word* b = (const Word*)product.matrix.packed + panel * product.matrix.depth * kPanel;
-        // The first of one or two tiles asks for what it will read soon, the second for the next panel; of more, the second
-        // and third share that.
+        // A lone tile asks for what it reads soon, as does the first of two, whose second asks for the next panel; of
+        // more, the second and third share that.
+        const char* const begin = (const char*)b;
         const char* const next = (const char*)(b + product.matrix.depth * kPanel);
         for (int64_t tile = 0; tile < tiles; tile++) {
             const int64_t first = row + rows * tile / tiles, end = row + rows * (tile + 1) / tiles;
-            const char* fetch = tile == 0 ? (const char*)b + kFetch : tile == 2 ? next + product.matrix.depth * 64 : next;
-            const int64_t lines = rows <= kFewRows ? 0 : tiles <= 2 ? 2 : tile == 1 || tile == 2 ? 1 : 0;
+            const Fetch fetch = tiles == 1   ? Fetch{begin + kFetchOnce, 2, true}
+                                : tile == 0  ? Fetch{begin + kFetch, tiles == 2 ? 2 : 0, false}
+                                : tiles == 2 ? Fetch{next, 2, false}
+                                : tile == 1  ? Fetch{next, 1, false}
+                                : tile == 2  ? Fetch{next + product.matrix.depth * 64, 1, false}
+                                             : Fetch{nullptr, 0, false};
             panel_tile<Words, kPanelRows>(end - first, (const Word*)product.a + first * product.a_row, product.a_row,
-                                          b, product.matrix.depth, fetch, lines, sums);
+                                          b, product.matrix.depth, fetch, sums);
             for (int64_t i = first; i < end; i++) end_row<T>(product, i, panel, sums + (i - first) * kPanel);
         }
     }
