@@ -99,9 +99,10 @@ def follow(rank: int, ranks: int, rounds: int, path: str, leader: tuple[str, int
         payload = ways[number // BLOCK % 2].receive()
         if payload[:DIGEST_BYTES] != chain.value:
             raise SystemExit("a plan is missing")
-        chain.add(payload[DIGEST_BYTES:])
-        decode_plan(payload[DIGEST_BYTES:])
+        data = payload[DIGEST_BYTES:]
+        decode_plan(data)
         _TIME.pack_into(times, (number * ranks + rank - 1) * _TIME.size, time.monotonic_ns())
+        chain.add(data)
 
 
 def measure(ranks: int, plan: Plan, rounds: int) -> tuple[list[list[float]], int]:
@@ -128,9 +129,8 @@ def measure(ranks: int, plan: Plan, rounds: int) -> tuple[list[list[float]], int
             time.sleep(PAUSE)
             began = time.monotonic_ns()
             data = encode_plan(plan)
-            before = chain.value
+            ways[number // BLOCK % 2].send(chain.value + data)
             chain.add(data)
-            ways[number // BLOCK % 2].send(before + data)
             found[number // BLOCK % 2].append((_last(times, number, ranks, processes) - began) / 1e6)
         for process in processes:
             process.join(30)

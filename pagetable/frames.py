@@ -57,7 +57,7 @@ class Kind(IntEnum):
     PAGES_READ = 30
 
 
-_KNOWN = frozenset(map(int, Kind))
+_KINDS = {int(kind): kind for kind in Kind}
 
 
 class BadFrame(QuireError):
@@ -77,6 +77,15 @@ class FrameReader:
         self._limit = limit
         self._buffer = bytearray()
 
+    def lone(self, data: bytes) -> tuple[Kind, bytes] | None:
+        """The frame that `data` is, where it is just one and follows whole ones; None says that it is for `feed`."""
+        if self._buffer or len(data) < _HEAD.size:
+            return None
+        length, kind = _HEAD.unpack_from(data)
+        if length != len(data) - _LENGTH.size or length > self._limit or kind not in _KINDS:
+            return None
+        return _KINDS[kind], data[_HEAD.size :]
+
     def feed(self, data: bytes) -> Iterator[tuple[Kind, bytes]]:
         """The frames that `data` completes. Raises BadFrame as soon as a length or a kind can't be ours."""
         buffer = self._buffer
@@ -87,11 +96,11 @@ class FrameReader:
                 (length,) = _LENGTH.unpack_from(buffer, at)
                 if not 1 <= length <= self._limit:
                     raise BadFrame(f"a frame of {length} bytes; must be from 1 to {self._limit}")
-                if len(buffer) - at >= 5 and buffer[at + 4] not in _KNOWN:
+                if len(buffer) - at >= 5 and buffer[at + 4] not in _KINDS:
                     raise BadFrame(f"a frame of unknown kind {buffer[at + 4]}")
                 if len(buffer) - at < 4 + length:
                     break
-                kind, payload = Kind(buffer[at + 4]), bytes(buffer[at + 5 : at + 4 + length])
+                kind, payload = _KINDS[buffer[at + 4]], bytes(buffer[at + 5 : at + 4 + length])
                 at += 4 + length
                 yield kind, payload
         finally:

@@ -122,7 +122,10 @@ class Channel:
         data = self._socket.recv(most)
         if not data:
             raise ConnectionError("the connection has ended")
-        self._frames.extend(self._reader.feed(data))
+        if (frame := self._reader.lone(data)) is not None:
+            self._frames.append(frame)
+        else:
+            self._frames.extend(self._reader.feed(data))
         return len(data)
 
     def shut(self) -> None:

@@ -169,13 +169,13 @@ class Rank:
             if payload[:DIGEST_BYTES] != chain.value:
                 raise BadFrame("the plans before this one are not those that the leader sent")
             data = payload[DIGEST_BYTES:]
-            chain.add(data)
             plan = decode_plan(data)
             try:
                 prepared = self._runner.prepare(plan)
             except Exception as error:
                 raise _NotPrepared(f"plan {plan.number}") from error
             yield plan, prepared
+            chain.add(data)  # not before: the others wait for this rank's step
 
     def _take_ahead(self, source: Iterator[tuple[Plan, Prepared]]) -> Iterator[tuple[Plan, Prepared]]:
         """The same, taken by a thread of its own."""

@@ -229,17 +229,16 @@ class Ranks:
         self.check()
         assert self._broadcast is not None
         data = encode_plan(plan)
-        before = self._chain.value
-        self._chain.add(data)
         self._num_moves += 1
         self._num_out += 1
         try:
-            self._broadcast.send(before + data)
+            self._broadcast.send(self._chain.value + data)
         except PeersBroken as error:
             self._members.give_up(str(error))
             self.check()
         self.num_plan_bytes += (DIGEST_BYTES + len(data)) * (self.layout.num_ranks - 1)
         self._own.put(plan)
+        self._chain.add(data)
 
     def receive(self) -> StepResult:
         """See `Pipe.receive`."""
