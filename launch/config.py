@@ -163,7 +163,7 @@ class EngineConfig:
     enable_prefix_caching: bool = setting(True, "bool", "share the pages of equal prefixes")
     deterministic: bool = setting(False, "bool", "equal bits whatever the batch, the chunks and the threads; slower")
     async_scheduling: bool = setting(
-        False, "bool", "plan a step while the one before it runs; several stages always do"
+        False, "bool", "plan a step before the tokens that it begins with are known; ranks fill them in"
     )
     device: str = setting(
         "auto", "choice", "what models run on; auto is a GPU where there is one to use", choices=("auto", "cpu", "cuda")

@@ -120,19 +120,19 @@ class FakeDevice:
 
     Args:
         sizes: blocks of each pool by stage and group.
+        back: tokens that plan n leaves open are those of plan n - back.
         rng: how far plans come before they have to.
     """
 
-    def __init__(self, sizes: list[list[int]], block_size: int, rng: random.Random) -> None:
+    def __init__(self, sizes: list[list[int]], block_size: int, back: int, rng: random.Random) -> None:
         self.ranks = [
             [Rank(stage, group, blocks, block_size) for group, blocks in enumerate(groups)]
             for stage, groups in enumerate(sizes)
         ]
         self.samplers: dict[int, tuple[int, int]] = {}
-        self.rng = rng
+        self.back, self.rng = back, rng
         self.plans: list[tuple[Plan, list[list[int]]]] = []  # with what each stage that is done with it gave
-        self.results: dict[int, array[int]] = {}  # tokens by number of the plan
-        self.before = array("i")  # tokens of the plan before the one that is to begin
+        self.results: dict[int, array[int]] = {}  # tokens by number of the plan, of late
         self.num_filled = 0  # tokens that plans left open
         self.num_moves = 0  # of pages between groups
 
@@ -146,10 +146,9 @@ class FakeDevice:
         plan, done = self.plans[index]
         if not done:
             is_open = any(token < 0 for token in plan.tokens)
-            if is_open and index and len(self.plans[index - 1][1]) <= len(self.ranks):
+            if is_open and plan.number - self.back not in self.results:
+                assert any(each.number == plan.number - self.back for each, _ in self.plans[:index]), "open for ever"
                 return
-            if is_open and index:
-                self.before = self.results[self.plans[index - 1][0].number]
             done.append(self.inputs(plan))
         stage = len(done) - 1
         if stage == len(self.ranks) or (index and len(self.plans[index - 1][1]) - 1 <= stage):
@@ -171,9 +170,10 @@ class FakeDevice:
             self.results[plan.number] = self.draw(plan, done[-1])
 
     def inputs(self, plan: Plan) -> list[int]:
-        """What goes into the first stage; tokens that the plan before has found are filled in."""
+        """What goes into the first stage; tokens that were left open are filled in."""
         self.num_filled += sum(token < 0 for token in plan.tokens)
-        tokens = [self.before[-1 - token] if token < 0 else token for token in plan.tokens]
+        found = self.results.get(plan.number - self.back, array("i"))
+        tokens = [found[-1 - token] if token < 0 else token for token in plan.tokens]
         return [mix(token, position) for token, position in zip(tokens, self.positions(plan), strict=True)]
 
     def draw(self, plan: Plan, hidden: list[int]) -> array[int]:
@@ -191,8 +191,8 @@ class FakeDevice:
         for _ in self.ranks:
             self.advance(0)
         plan, _ = self.plans.pop(0)
-        self.before = self.results.pop(plan.number)
-        return StepResult(plan.number, self.before)
+        self.results.pop(plan.number - self.back, None)
+        return StepResult(plan.number, self.results[plan.number])
 
     def run(self, plan: Plan) -> StepResult:
         self.submit(plan)
@@ -264,7 +264,7 @@ class Simulation:
 
     Args:
         knobs: overrides of ShardConfig; the rest is drawn.
-        depth: plans in flight at most; as many stages, or one less.
+        depth: stages in the configuration, and plans in flight where none is made ahead; so many stages, or one less.
         groups: of each stage.
     """
 
@@ -287,11 +287,11 @@ class Simulation:
         settings.update(knobs)
         self.depth = depth or rng.choice([1, 2, 3])
         settings["num_stages"] = self.depth
-        settings.setdefault("async_scheduling", self.depth == 1 and rng.random() < 0.6)
+        settings.setdefault("async_scheduling", rng.random() < 0.6)
         self.config = ShardConfig(num_blocks=num_blocks, block_size=block_size, **settings)  # type: ignore[arg-type]
         self.num_stages = max(1, self.depth - rng.choice([0, 0, 1]))
         sizes = self.draw_sizes(num_blocks, groups or rng.choice([1, 1, 2, 4]))
-        self.device = FakeDevice(sizes, block_size, rng)
+        self.device = FakeDevice(sizes, block_size, self.depth, rng)
         columns = [
             [WatchedAllocator(3 + stage * len(ranks) + group, rank, rng) for group, rank in enumerate(ranks)]
             for stage, ranks in enumerate(self.device.ranks)
@@ -360,7 +360,8 @@ class Simulation:
     def may_step_ahead(self, sequence: Sequence) -> bool:
         """Whether the next plan may take a sequence that awaits one token."""
         may = sequence.state is State.DECODE and sequence.pending == 1 and sequence.may_step
-        return self.config.async_scheduling and may
+        is_early = sequence.last_plan > self.scheduler._next_plan - self.depth
+        return self.config.async_scheduling and may and not is_early
 
     def receive(self, output: TokenOutput) -> None:
         stream = self.streams[output.request_id, output.sample_index]

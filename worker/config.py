@@ -14,8 +14,8 @@ class ShardConfig:
     Attributes:
         num_blocks: pages that the pool holds, over all groups.
         num_stages: of the pipeline: so many plans may be in flight.
-        async_scheduling: with one stage, one plan more: it is made while the plan before runs, from tokens that are
-            not known yet, and ranks fill them in. Several stages have that anyway.
+        async_scheduling: one plan more: it is made while those before it run, from tokens that are not known yet, and
+            ranks fill them in.
         max_model_len: prompt and output tokens of one sequence.
         max_num_seqs: sequences that hold pages at the same time.
         max_num_batched_tokens: query tokens of one step; running decodes come first, prefill chunks share the rest.
@@ -57,9 +57,6 @@ class ShardConfig:
             value = getattr(self, name)
             if not value >= 1:
                 raise ConfigError(name, value, "be at least 1")
-        if self.async_scheduling and self.num_stages > 1:
-            limit = f"be False with {self.num_stages} stages, whose plans overlap as it is"
-            raise ConfigError("async_scheduling", True, limit, "leave it out")
         if not 0 < self.max_pool_share <= 1:
             raise ConfigError("max_pool_share", self.max_pool_share, "be above 0 and at most 1")
         least = self.max_num_seqs + self.block_size

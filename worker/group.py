@@ -3,6 +3,7 @@
     Form(epoch, members) --> Group --> tensor: the T ranks of the stage      sums of partial rows, logits
                                        slice: the G ranks of the slice       queries, partial attention
                                        previous, next: the neighbour stages  hidden rows
+                                       back: last stage to first             tokens that plans leave open
        an error, a death --> abort --> every wait ends in PeersBroken --> close; the next Form makes the next Group
 
 Ranks of one host share memory, others meet in gloo; each group of ranks takes the one that all its members can, where
@@ -24,12 +25,12 @@ from worker.broadcast import IDLE_TIMEOUT, Broadcast, Star, TorchBroadcast
 from worker.channel import Channel
 from worker.gloo import GlooRing, World
 from worker.layout import Layout, Part
-from worker.segment import RING_SLOTS, Plan, Sizes, open_segment
+from worker.segment import RING_SLOTS, Plan, Sizes, open_segment, token_slots
 from worker.ways import Ways
 
 
-class Hidden(Protocol):
-    """One direction of hidden rows between two ranks; see `kernels.peers.Ring`."""
+class Way(Protocol):
+    """Messages from one rank to another; see `kernels.peers.Ring`."""
 
     def slot(self) -> torch.Tensor: ...
     def publish(self, tag: int, num_bytes: int) -> None: ...
@@ -45,6 +46,7 @@ class Group:
         epoch: of which this group is the one life.
         tensor, slice: None where the rank would be alone.
         previous, next: None on the first and the last stage.
+        back: to receive on the first stage, to publish on the last; None elsewhere, and where plans leave nothing open.
     """
 
     def __init__(self, part: Part, sizes: Sizes, form: pb.Form, ways: Ways, *, owns_cores: bool = False) -> None:
@@ -52,8 +54,9 @@ class Group:
         self.epoch = int(form.epoch)
         self.tensor: Peers | None = None
         self.slice: Peers | None = None
-        self.previous: Hidden | None = None
-        self.next: Hidden | None = None
+        self.previous: Way | None = None
+        self.next: Way | None = None
+        self.back: Way | None = None
         self._everybody: dist.ProcessGroup | None = None
         self._part, self._sizes, self._members, self._ways = part, sizes, form.members, ways
         self._owns_cores = owns_cores
@@ -99,7 +102,7 @@ class Group:
     def abort(self) -> None:
         """End every wait in this group, of all ranks whose memory this one maps. From any thread, at any time."""
         self._is_over = True
-        for each in (self.tensor, self.slice, self.previous, self.next):
+        for each in (self.tensor, self.slice, self.previous, self.next, self.back):
             if each is not None:
                 each.abort()
         if self._world is not None:
@@ -108,7 +111,7 @@ class Group:
     def close(self) -> None:
         """Give everything back. No thread may wait in this group."""
         self.abort()
-        self.tensor = self.slice = self.previous = self.next = self._everybody = None
+        self.tensor = self.slice = self.previous = self.next = self.back = self._everybody = None
         if self._world is not None:
             self._world.close()
         self._memory = None  # unmapped with the last tensor that looks into it
@@ -129,6 +132,10 @@ class Group:
             self.previous = self._ring(part.rank - layout.tensor, part.rank)
         if part.stage + 1 < layout.pipeline:
             self.next = self._ring(part.rank, part.rank + layout.tensor)
+        first, last = part.tensor_rank, part.tensor_rank + (layout.pipeline - 1) * layout.tensor
+        if self._sizes.tokens and first != last and part.rank in (first, last):
+            slots = token_slots(layout)
+            self.back = self._way(last, first, ("tokens", 0, part.tensor_rank), slots, self._sizes.tokens)
 
     def _peers(self, ranks: range, kind: str, stage: int, number: int, capacity: int) -> Peers | None:
         own = self._part.rank
@@ -143,12 +150,15 @@ class Group:
             return None
         return self._world.peers(group, own - ranks.start, len(ranks), capacity)
 
-    def _ring(self, sender: int, receiver: int) -> Hidden:
+    def _ring(self, sender: int, receiver: int) -> Way:
+        place = ("ring", *divmod(sender, self._part.layout.tensor))
+        return self._way(sender, receiver, place, RING_SLOTS, self._sizes.ring)
+
+    def _way(self, sender: int, receiver: int, place: tuple[str, int, int], slots: int, capacity: int) -> Way:
         if self._share_memory((sender, receiver)):
-            stage, rank = divmod(sender, self._part.layout.tensor)
-            return Ring(self._map(), self._plan.offset("ring", stage, rank), RING_SLOTS, self._sizes.ring)
+            return Ring(self._map(), self._plan.offset(*place), slots, capacity)
         own = self._part.rank
-        return GlooRing(own, receiver if own == sender else sender, RING_SLOTS, self._sizes.ring)
+        return GlooRing(own, receiver if own == sender else sender, slots, capacity)
 
     def _share_memory(self, ranks: Sequence[int]) -> bool:
         return share_memory(self._members, ranks, self._ways)

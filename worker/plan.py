@@ -23,7 +23,8 @@ def ints() -> array[int]:
 
 
 def pending_token(entry: int) -> int:
-    """What stands in a plan for the token that the plan before it finds for one of its sample entries."""
+    """What stands in a plan for the token that an earlier one finds for one of its sample entries: with P stages the
+    plan P before it."""
     return -1 - entry
 
 
@@ -66,7 +67,7 @@ class Plan:
     slots: array[int] = field(default_factory=ints)
     query_start: array[int] = field(default_factory=lambda: array("i", (0,)))
     first_position: array[int] = field(default_factory=ints)
-    # [T] input token ids; below 0 is one that the plan before samples (`pending_token`)
+    # [T] input token ids; below 0 is one that is not sampled yet (`pending_token`)
     tokens: array[int] = field(default_factory=ints)
     # [C] tables[table_slot, table_index] = table_blocks[column] in group table_group, before the copies
     table_slot: array[int] = field(default_factory=ints)

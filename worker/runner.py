@@ -19,6 +19,7 @@ from worker.kv_cache import PagedKVCache
 from worker.layout import Part
 from worker.model import Decoder
 from worker.native_model import NativeModel
+from worker.open_tokens import OpenTokens
 from worker.page_moves import move_pages
 from worker.plan import Plan, StepResult, TokenLogprobs
 from worker.sampler import Sampler
@@ -70,13 +71,13 @@ class Runner:
         """
         Args:
             vocab_widths: rows of the head on each tensor rank of the stage.
-            fills_tokens: plans may leave tokens open that the plan before finds (asynchronous scheduling), so all ranks
-                must know them.
+            fills_tokens: plans may leave tokens open that one in flight finds (asynchronous scheduling), so all ranks
+                of the last stage must know what it finds.
         """
         self.model, self.cache, self.tables, self.sampler, self.part = model, cache, tables, sampler, part
         self.group: Group | None = None
         self._widths, self._fills_tokens = vocab_widths, fills_tokens
-        self._found: npt.NDArray[np.int32] = np.empty(0, np.int32)  # by the last plan
+        self._open = OpenTokens()
 
     @property
     def answers(self) -> bool:
@@ -87,6 +88,8 @@ class Runner:
         """Another epoch: nothing of the last one's tables holds. Samplers follow with the admits."""
         self.tables.tables.fill(-1)
         self.group = group
+        if self.part is not None:
+            self._open = OpenTokens(self.part.layout.pipeline, group.back if group is not None else None)
 
     def prepare(self, plan: Plan) -> Prepared:
         """Change the tables as a plan says, and make the arrays of its step. Plans come in order, from one thread; the
@@ -119,12 +122,13 @@ class Runner:
             move_pages(self.group.slice, self.cache, prepared.moves)
         result = StepResult(plan.number, array("i"))
         if batch is not None:
-            fill_tokens(batch.tokens.numpy(), self._found)
+            if self.part is None or self.part.is_first:
+                self._open.fill(plan.number, batch.tokens.numpy())
             hidden = self._forward(plan, batch)
             if is_last:
                 self._sample(plan, hidden, result)
                 if self._fills_tokens:
-                    self._found = np.array(result.tokens, np.int32)
+                    self._open.found(plan.number, result.tokens)
                 result.scores = self._score(plan, hidden)
             if self.group is not None and self.group.previous is not None:
                 self.group.previous.release()
@@ -209,11 +213,3 @@ class Runner:
             if self.answers:
                 scores += self.sampler.score(logits, plan.score_token[part], plan.score_slot[part])
         return scores
-
-
-def fill_tokens(tokens: npt.NDArray[np.int64], found: npt.NDArray[np.int32]) -> None:
-    """Put what the plan before has found in the place of tokens that were left open. What stands in a failed entry's
-    place does not matter: its sequence has ended, and its row counts for nothing."""
-    where = np.flatnonzero(tokens < 0)
-    if len(where):
-        tokens[where] = np.maximum(found[-1 - tokens[where]], 0)

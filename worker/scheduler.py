@@ -70,7 +70,7 @@ class ShardScheduler:
         # (sequence, whether it ended) that gave up their pages, for whoever reports it
         self.departed: list[tuple[SequenceId, bool]] | None = None
         self._admission = Admission(config, pool)
-        self._stages = Stages(config.num_stages, config.block_size, int(config.async_scheduling))
+        self._stages = Stages(config.num_stages, config.block_size, is_ahead=config.async_scheduling)
         self._identity = identity
         self._requests: dict[str, dict[int, Sequence]] = {}  # unfinished, by request id and sample index
         self._forks: dict[SequenceId, list[Sequence]] = {}  # FORK sequences by parent
@@ -185,7 +185,7 @@ class ShardScheduler:
         oldest = self._oldest()
         if oldest is None or len(self._in_flight) >= self.config.max_in_flight:
             return None
-        ready, places = self._stages.decodes(self.running, oldest)
+        ready, places = self._stages.decodes(self.running, oldest, self._next_plan)
         prefills = [s for s in self.running if s.state is State.PREFILL]
         budget = self.config.max_num_batched_tokens - places
         if self.config.num_stages > 1:

@@ -23,11 +23,13 @@ class Sizes:
     Attributes:
         tensor, slice: of one rank's region in the groups of a stage and of a slice.
         ring: what a stage hands on of one batch: hidden rows, and as many of the sums of an MLP that is cut.
+        tokens: what the last stage tells the first, where plans leave tokens open; 0 where none do.
     """
 
     tensor: int
     slice: int
     ring: int
+    tokens: int = 0
 
 
 class Plan:
@@ -43,6 +45,8 @@ class Plan:
                 self._take(("slice", stage, each), SharedPeers.num_bytes(layout.page, sizes.slice))
             for rank in range(layout.tensor if stage + 1 < layout.pipeline else 0):
                 self._take(("ring", stage, rank), Ring.num_bytes(RING_SLOTS, sizes.ring))
+        for rank in range(layout.tensor if layout.pipeline > 1 and sizes.tokens else 0):
+            self._take(("tokens", 0, rank), Ring.num_bytes(token_slots(layout), sizes.tokens))
 
     def offset(self, kind: str, stage: int, number: int = 0) -> int:
         return self._offsets[kind, stage, number]
@@ -50,6 +54,11 @@ class Plan:
     def _take(self, key: tuple[str, int, int], size: int) -> None:
         self._offsets[key] = self.num_bytes
         self.num_bytes += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def token_slots(layout: Layout) -> int:
+    """Of the ring from the last stage to the first; see `worker.open_tokens`."""
+    return layout.pipeline + 1
 
 
 class Segment:

@@ -99,6 +99,7 @@ class ShardSpec:
             tensor=max(hidden, _LEAST_HEAD_ROWS * row_bytes(widest, logits=True)),
             slice=max(tokens * attended * (model.head_dim + 1) * 4, block),
             ring=hidden * (1 + any(part.is_cut for part in parts)),
+            tokens=4 * self.config.max_num_seqs if self.config.async_scheduling and layout.pipeline > 1 else 0,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as ListOf
 from math import isqrt
 
+from pagetable.ids import PlanNumber
 from worker.sequence import Sequence, State
 
 # Prompt tokens that cost as much as a plan costs beside them (its weights are read, its result is sent). Only the
@@ -21,25 +22,23 @@ class Stages:
     is least for c = sqrt(tokens * cost / (P - 1)).
     """
 
-    def __init__(self, num_stages: int, block_size: int, most_pending: int = 0) -> None:
+    def __init__(self, num_stages: int, block_size: int, *, is_ahead: bool = False) -> None:
         """
         Args:
-            most_pending: tokens that a sequence may await and be in the next plan.
+            is_ahead: a sequence that awaits a token may be in the next plan.
         """
-        self.num_stages, self.block_size, self._most_pending = num_stages, block_size, most_pending
+        self.num_stages, self.block_size, self._is_ahead = num_stages, block_size, is_ahead
         self._piece = 0
 
-    def decodes(self, running: ListOf[Sequence], oldest: Sequence) -> tuple[list[Sequence], int]:
+    def decodes(self, running: ListOf[Sequence], oldest: Sequence, number: PlanNumber) -> tuple[list[Sequence], int]:
         """(decodes that may be in the next plan, in the order in which they come; how many of them it takes).
 
         Args:
             running: all sequences that run, oldest first.
             oldest: comes first where it is ready, and takes nobody's turn.
+            number: of the next plan.
         """
-        most = self._most_pending
-        ready = [s for s in running if s.state is State.DECODE and s.pending <= most]
-        if most:
-            ready = [s for s in ready if s.may_step]
+        ready = [s for s in running if s.state is State.DECODE and (not s.pending or self._may_be_open(s, number))]
         if self.num_stages == 1:
             return ready, len(ready)
         num_decodes = sum(s.state is State.DECODE for s in running)
@@ -50,6 +49,11 @@ class Stages:
             ready.insert(0, ready.pop(turn))  # before anybody takes the last page
             places += turn >= places
         return ready, places
+
+    def _may_be_open(self, sequence: Sequence, number: PlanNumber) -> bool:
+        """Whether a sequence that awaits a token may be in the plan with that token left open. The first stage would
+        wait for a token that is sampled later than by the plan P before."""
+        return self._is_ahead and sequence.last_plan <= number - self.num_stages and sequence.may_step
 
     def prompt_tokens(self, prefills: ListOf[Sequence], waiting: ListOf[Sequence], most: int) -> int:
         """How many prompt tokens the next plan takes of what `prefills` and `waiting` still have to compute; `most`,

@@ -28,7 +28,11 @@ T2: dict[str, Any] = {**ONE, "tensor_parallel_size": 2}
 P2: dict[str, Any] = {**ONE, "pipeline_parallel_size": 2}
 T2G2: dict[str, Any] = {**T2, "page_parallel_size": 2}
 AHEAD: dict[str, Any] = {**T2, "async_scheduling": True}
+STAGES_AHEAD: dict[str, Any] = {**P2, "async_scheduling": True}
 BY_TORCH: dict[str, Any] = {**T2, "table_broadcast": "torch"}
+
+
+LAYOUTS = {"T2": T2, "P2": P2, "T2G2": T2G2, "T2 by torch": BY_TORCH, "T2 ahead": AHEAD, "P2 ahead": STAGES_AHEAD}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,7 @@ async def disturbed(it: Running, pid: int, number: signal.Signals, expected: lis
     await it.comes_to_rest()
 
 
-@pytest.mark.parametrize("layout", [T2, P2, T2G2, BY_TORCH, AHEAD], ids=["T2", "P2", "T2G2", "T2 by torch", "ahead"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_streams_outlive_each_rank(model: str, layout: dict[str, Any], expected: list[list[int]]) -> None:
     async def scenario() -> None:
         async with running(model, **layout) as it:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from tests.rank_lab import Hosts, Tape, make_spec, request
 from tests.serving import files
 from worker.layout import Layout
 from worker.loop import EpochOver, Loop
+from worker.plan import Plan
 from worker.ranks import Ranks
 from worker.shard import ShardSpec, make_loop
 from worker.ways import Ways
@@ -42,8 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), **fields)
 
 
-def spec_of(folder: Path, layout: Layout, ways: Ways) -> ShardSpec:
-    return replace(make_spec(folder, layout, max_model_len=512), ways=ways)
+def spec_of(folder: Path, layout: Layout, ways: Ways, **settings: Any) -> ShardSpec:
+    return replace(make_spec(folder, layout, max_model_len=512, **settings), ways=ways)
 
 
 def say(loop: Loop, spec: ShardSpec, after: int = -1, what: Callable[[], None] = lambda: None) -> dict[str, list[int]]:
@@ -79,6 +81,23 @@ def test_every_way_says_the_same_tokens(
     assert cut == (layout.pipeline == 2)  # two stages hand on the sums of an MLP too
     with hosts.loop(spec) as (loop, _):
         assert say(loop, spec) == expected
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 2), Layout(2, 3)], ids=str)
+def test_tokens_that_plans_leave_open_come_over_gloo(
+    layout: Layout, folder: Path, hosts: Hosts, expected: dict[str, list[int]]
+) -> None:
+    spec = spec_of(folder, layout, Ways("gloo", "sockets"), async_scheduling=True)
+    num_open = 0
+
+    def count(plan: Plan) -> None:
+        nonlocal num_open
+        num_open += sum(token < 0 for token in plan.tokens)
+
+    with hosts.loop(spec) as (loop, _):
+        loop.on_plan = count
+        assert say(loop, spec) == expected
+    assert num_open > 80
 
 
 @pytest.mark.parametrize("ways", WAYS, ids=lambda ways: f"{ways.collectives}-{ways.table_broadcast}")

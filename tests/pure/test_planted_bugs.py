@@ -22,6 +22,7 @@ from tests.simulation import Simulation
 from worker.admission import Admission
 from worker.scheduler import ShardScheduler
 from worker.sequence import FinishReason, Sequence
+from worker.stages import Stages
 from worker.step import Step
 
 Patch = pytest.MonkeyPatch
@@ -297,6 +298,11 @@ def at_rest_with_the_plan_before(patch: Patch) -> None:
 @bug
 def another_entry_of_the_plan_before(patch: Patch) -> None:
     patch.setattr(worker.step, "pending_token", lambda entry: -1)
+
+
+@bug
+def a_token_is_left_open_before_its_turn(patch: Patch) -> None:
+    patch.setattr(Stages, "_may_be_open", lambda self, sequence, number: self._is_ahead and sequence.may_step)
 
 
 @bug

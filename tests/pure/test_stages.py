@@ -25,14 +25,18 @@ class Pipeline:
 
     Args:
         cost: of a plan, in the time that one of its tokens takes, beside its tokens.
+        way: from a plan's end until the scheduler makes the next.
     """
 
-    def __init__(self, num_stages: int, num_blocks: int = 8192, cost: float = 16, **settings: Any) -> None:
+    def __init__(
+        self, num_stages: int, num_blocks: int = 8192, cost: float = 16, way: float = 0, **settings: Any
+    ) -> None:
         options: dict[str, Any] = {"max_model_len": 40000, "num_stages": num_stages, **settings}
         config = ShardConfig(num_blocks=num_blocks, **options)
         pool = PagePool([[BlockAllocator(DeviceId(stage), num_blocks)] for stage in range(num_stages)])
         self.scheduler = ShardScheduler(config, pool)
-        self.num_stages, self.cost = num_stages, cost
+        self.num_stages, self.cost, self.way = num_stages, cost, way
+        self.ends: dict[int, float] = {}  # of plans, by number
         self.flight: deque[tuple[Plan, float]] = deque()  # with the time of its end
         self.free = [0.0] * num_stages  # when each stage is free
         self.now = 0.0
@@ -47,14 +51,18 @@ class Pipeline:
         if plan is not None:
             self.plans.append(plan)
             time = self.now
+            if min(plan.tokens) < 0:
+                time = max(time, self.ends[plan.number - self.num_stages])
             for stage in range(self.num_stages):
                 time = max(time, self.free[stage]) + (plan.num_tokens + self.cost) / self.num_stages
                 self.free[stage] = time
+            self.ends[plan.number] = time
             self.flight.append((plan, time))
         return plan
 
     def retire(self) -> None:
-        plan, self.now = self.flight.popleft()
+        plan, end = self.flight.popleft()
+        self.now = end + self.way
         self.scheduler.retire(StepResult(plan.number, array("i", [7] * len(plan.sample_row))))
 
     def step(self) -> None:
@@ -97,9 +105,50 @@ def test_a_number_of_stages_below_one_is_refused() -> None:
         ShardConfig(num_blocks=100, max_model_len=100, num_stages=0)
 
 
-def test_several_stages_overlap_without_being_asked() -> None:
-    with pytest.raises(ConfigError, match="async_scheduling: got True, must be False with 2 stages"):
-        ShardConfig(num_blocks=100, max_model_len=100, num_stages=2, async_scheduling=True)
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+def test_made_ahead_a_plan_more_is_in_flight(num_stages: int) -> None:
+    pipe = Pipeline(num_stages, async_scheduling=True)
+    pipe.add("long", 4000)
+    plans = [pipe.submit() for _ in range(num_stages + 1)]
+    assert all(plans) and pipe.submit() is None
+    pipe.retire()
+    assert pipe.submit() is not None
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("sequences", [12, 24])
+def test_made_ahead_plans_do_not_wait_for_the_scheduler(num_stages: int, sequences: int) -> None:
+    """A round of decodes takes what the stages take; where plans wait for tokens, the way back comes to it."""
+    took = {}
+    for ahead in (False, True):
+        pipe = Pipeline(num_stages, way=5, async_scheduling=ahead)
+        for i in range(sequences):
+            pipe.add(f"s{i}", 20, max_tokens=400)
+        pipe.decodes()
+        began, plans = pipe.now, len(pipe.plans)
+        while len(pipe.plans) < plans + 40 * num_stages:
+            pipe.step()
+        took[ahead] = (pipe.now - began) / 40
+        opened = [min(plan.tokens) < 0 for plan in pipe.plans[plans:]]
+        assert all(opened) if ahead else not any(opened)
+    assert took[True] == pytest.approx(sequences / num_stages + pipe.cost, rel=0.06)
+    assert took[False] >= took[True] + 4
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_nothing_waits_for_a_token_that_comes_late(num_stages: int) -> None:
+    """A lone decode is not taken by plans that would wait for it, beside prompts that need not."""
+    pipe = Pipeline(num_stages, async_scheduling=True, max_num_batched_tokens=512)
+    pipe.add("decode", 20, max_tokens=200)
+    pipe.decodes()
+    pipe.add("prompt", 8000)
+    for _ in range(12):
+        pipe.step()
+    named = [plan.number for plan in pipe.plans if min(plan.tokens) < 0]
+    assert len(named) > 3
+    for number in named:
+        earlier = [plan for plan in pipe.plans if plan.number < number and len(plan.sample_row)]
+        assert earlier[-1].number <= number - num_stages
 
 
 def test_the_next_chunk_is_planned_while_the_one_before_is_in_flight() -> None:
