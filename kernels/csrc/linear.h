@@ -31,7 +31,7 @@ struct PackedPairs {
 constexpr int kPanelRows = W == 16 ? 14 : W == 8 ? 5 : 4;  // as many sums as registers hold
 constexpr int kPanelVectors = 2;                           // of a panel, at a time
 constexpr int64_t kFetch = 16 * 1024;                      // bytes between a load and its prefetch
-constexpr int64_t kFetchOnce = 10 * 1024;                  // the same, where a panel is read only once
+constexpr int64_t kFetchOnce = 10 * 1024;                  // the same, where each line is read only once
 
 // Lines to ask for while a panel is read: so many with each of its rows.
 struct Fetch {
@@ -130,6 +130,16 @@ static void end_row(const Product& product, int64_t row, int64_t panel, float* s
     }
 }
 
+// What one of the tiles asks for while it reads the panel from `begin` to `end`: a lone one for what it reads soon, as
+// does the first of two, whose second asks for the next panel; of more, the second and third share that.
+static Fetch fetch_of(int64_t tile, int64_t tiles, const char* begin, const char* end) {
+    if (tiles == 1) return {begin + kFetchOnce, 2, true};
+    if (tiles == 2) return {tile == 0 ? begin + kFetch : end, 2, false};
+    if (tile == 1) return {end, 1, false};
+    if (tile == 2) return {end + (end - begin) / 2, 1, false};
+    return {end, 0, false};
+}
+
 template <class T, class Words>
 static void product(const Product& product, int64_t panel, int64_t panel_end, int64_t row, int64_t row_end) {
     using Word = typename Words::Word;
@@ -137,18 +147,10 @@ static void product(const Product& product, int64_t panel, int64_t panel_end, in
     const int64_t rows = row_end - row, tiles = (rows + kPanelRows - 1) / kPanelRows;
     for (; panel < panel_end; panel++) {
         const Word* b = (const Word*)product.matrix.packed + panel * product.matrix.depth * kPanel;
-        // A lone tile asks for what it reads soon, as does the first of two, whose second asks for the next panel; of
-        // more, the second and third share that.
-        const char* const begin = (const char*)b;
-        const char* const next = (const char*)(b + product.matrix.depth * kPanel);
+        const Word* const next = b + product.matrix.depth * kPanel;
         for (int64_t tile = 0; tile < tiles; tile++) {
             const int64_t first = row + rows * tile / tiles, end = row + rows * (tile + 1) / tiles;
-            const Fetch fetch = tiles == 1   ? Fetch{begin + kFetchOnce, 2, true}
-                                : tile == 0  ? Fetch{begin + kFetch, tiles == 2 ? 2 : 0, false}
-                                : tiles == 2 ? Fetch{next, 2, false}
-                                : tile == 1  ? Fetch{next, 1, false}
-                                : tile == 2  ? Fetch{next + product.matrix.depth * 64, 1, false}
-                                             : Fetch{nullptr, 0, false};
+            const Fetch fetch = fetch_of(tile, tiles, (const char*)b, (const char*)next);
             panel_tile<Words, kPanelRows>(end - first, (const Word*)product.a + first * product.a_row, product.a_row,
                                           b, product.matrix.depth, fetch, sums);
             for (int64_t i = first; i < end; i++) end_row<T>(product, i, panel, sums + (i - first) * kPanel);

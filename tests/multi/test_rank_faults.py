@@ -30,8 +30,6 @@ T2G2: dict[str, Any] = {**T2, "page_parallel_size": 2}
 AHEAD: dict[str, Any] = {**T2, "async_scheduling": True}
 STAGES_AHEAD: dict[str, Any] = {**P2, "async_scheduling": True}
 BY_TORCH: dict[str, Any] = {**T2, "table_broadcast": "torch"}
-
-
 LAYOUTS = {"T2": T2, "P2": P2, "T2G2": T2G2, "T2 by torch": BY_TORCH, "T2 ahead": AHEAD, "P2 ahead": STAGES_AHEAD}
 
 
