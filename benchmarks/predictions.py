@@ -112,6 +112,7 @@ def turns(cases: Sequence[Case], model: str, hardware: Hardware, count: int) -> 
         "max_model_len": longest,
         "max_num_seqs": 128,
         "kv_cache_memory_bytes": 1 << 30,
+        "preallocate_kv_cache": True,
     }
     (layout,) = {case.layout for case in cases}
     engine = LLM(model, **base, **LAYOUTS[layout][0])

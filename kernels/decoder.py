@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
+from array import array
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +24,9 @@ from kernels.peers import Peers
 
 PANEL = 32  # kPanel in csrc/step.h
 HALF_PANEL = 16
+
+_MADV_POPULATE_WRITE = 23
+_POPULATED = 64 << 20  # bytes that are taken at a time
 
 _ADDRESS, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 Floats = npt.NDArray[np.float32]
@@ -66,20 +71,6 @@ class _Model(ctypes.Structure):
     ]
 
 
-class _Step(ctypes.Structure):
-    """`quire::Step` in csrc/step.h."""
-
-    _fields_ = [
-        *((name, _ADDRESS) for name in ("tokens", "positions", "slots", "query_start", "first_position")),
-        *((name, _ADDRESS) for name in ("page_start", "page_block", "page_position", "windows", "num_entries")),
-        *((name, _ADDRESS) for name in ("pool", "hidden", "partial_in", "partial_out")),
-        *((name, _INT) for name in ("layer_stride", "block_stride", "num_blocks", "block_size")),
-        *((name, _INT) for name in ("num_tokens", "num_rows", "num_windows")),
-        *((name, _INT) for name in ("is_deterministic", "is_int8")),
-        *((name, _ADDRESS) for name in ("tensor", "slice")),
-    ]
-
-
 # `quire::Choice` in csrc/step.h.
 CHOICE = np.dtype([*((name, np.float64) for name in ("temperature", "min_p", "top_p", "u")), ("top_k", np.int64)])
 _BROKEN = 3  # kBroken in csrc/peers.h
@@ -87,8 +78,8 @@ _TEXT = (ctypes.c_char_p, _INT)
 _SIGNATURES = {
     "quire_engine_new": (_ADDRESS, _INT),
     "quire_engine_free": (None, _ADDRESS),
-    "quire_forward": (_INT, _ADDRESS, ctypes.POINTER(_Model), ctypes.POINTER(_Step), *_TEXT),
-    "quire_head": (_INT, _ADDRESS, ctypes.POINTER(_Model), *(_ADDRESS,) * 2, _INT, *(_ADDRESS,) * 4),
+    "quire_forward": (_INT, _ADDRESS, ctypes.POINTER(_Model), _ADDRESS, *_TEXT),
+    "quire_head": (_INT, _ADDRESS, ctypes.POINTER(_Model), _ADDRESS, _INT, _ADDRESS, _INT, *(_ADDRESS,) * 4),
     "quire_choose": (_INT, _ADDRESS, _INT, _ADDRESS, *(_INT,) * 3, _ADDRESS, _ADDRESS),
     "quire_pack": (None, _ADDRESS, _INT, _INT, _INT, _ADDRESS),
 }
@@ -104,6 +95,21 @@ def huge_memory(num_bytes: int) -> mmap.mmap:
         with contextlib.suppress(OSError):  # a kernel built without them: the same, slower
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+def populate(memory: mmap.mmap) -> None:
+    """Take memory of `huge_memory` from the machine now; in pieces, between which other threads run.
+
+    Raises: OSError where the machine has no more.
+    """
+    for begin in range(0, len(memory), _POPULATED):
+        size = min(_POPULATED, len(memory) - begin)
+        try:
+            memory.madvise(_MADV_POPULATE_WRITE, begin, size)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            memory[begin : begin + size] = bytes(size)  # a kernel before 5.14, or not Linux
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +235,18 @@ class Head:
     logits: torch.Tensor | None
 
 
+class _Found:
+    """Room for what the head says of rows, whose addresses cost more to take than the numbers to copy."""
+
+    def __init__(self, rows: int) -> None:
+        self.tokens, self.values, self.totals = (
+            np.empty(rows, np.int32),
+            np.empty(rows, np.float32),
+            np.empty(rows, np.float32),
+        )
+        self.addresses = tuple(each.ctypes.data for each in (self.tokens, self.values, self.totals))
+
+
 class NativeDecoder:
     """Packed weights, a team of threads and the working memory of steps. One caller at a time."""
 
@@ -259,6 +277,8 @@ class NativeDecoder:
         self._deterministic = deterministic
         self._keep: list[object] = []
         self._layers: list[_Layer] = []
+        self._message = ctypes.create_string_buffer(cpu.MESSAGE_BYTES)
+        self._found = _Found(0)
         self._model = _Model(
             norm=self._pointer(norm),
             embedding=self._pointer(embedding),
@@ -300,8 +320,8 @@ class NativeDecoder:
                 self._shape.windows.index(layer.window),
             )
         )
-        array = (_Layer * len(self._layers))(*self._layers)
-        self._model.layers, self._model.num_layers = array, len(array)
+        layers = (_Layer * len(self._layers))(*self._layers)
+        self._model.layers, self._model.num_layers = layers, len(layers)
 
     def set_head(self, head: Rows) -> None:
         """Pack the head: the vocabulary, or a rank's rows of it."""
@@ -318,6 +338,7 @@ class NativeDecoder:
         masks: Mapping[int, Mask],
         *,
         hidden: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
         tensor: Peers | None = None,
         slice: Peers | None = None,
     ) -> torch.Tensor:
@@ -330,6 +351,7 @@ class NativeDecoder:
             pages, masks: by window, all of the shape's windows; all pages lie in `pool`, of a split slice the own
                 group's only.
             hidden: what the stage before returned, contiguous; it may be changed, and `tokens` are not read.
+            out: where there is no `hidden`: what is to be returned, contiguous and of any values.
             tensor: the ranks among which heads, MLP units and so all sums are split; None: all is here. All of a group
                 give the same rows of the same tokens, and get the same bits.
             slice: the ranks that hold the pages of these kv heads, shape.num_groups of them in the order of their
@@ -344,56 +366,55 @@ class NativeDecoder:
                 written or exchanged then.
             PeersBroken: an exchange failed; this step's K and V may be there or not.
         """
-        is_carried = self._model.carried.norm is not None
+        shape, num_tokens = self._shape, len(tokens)
+        is_carried, is_cut = self._model.carried.norm is not None, shape.is_cut
         if hidden is None:
             if self._model.embedding is None:
                 raise ValueError("hidden: got none, must be given where there is no embedding (a later stage)")
-            hidden = torch.empty(self._rows(len(tokens), self._shape.is_cut), dtype=torch.float32)
-            ids: int | None = tokens.data_ptr()
+            if out is None:
+                out = torch.empty(self._rows(num_tokens, is_cut), dtype=torch.float32)
+            else:
+                _check_hidden("out", out, self._rows(num_tokens, is_cut))
+            hidden, ids = out, tokens.data_ptr()
         else:
-            _check_hidden(hidden, self._rows(len(tokens), is_carried))
-            ids = None
-            if self._shape.is_cut and not is_carried:
+            _check_hidden("hidden", hidden, self._rows(num_tokens, is_carried))
+            ids = 0
+            if is_cut and not is_carried:
                 hidden = torch.stack((hidden, hidden))  # room for what the last MLP adds
-        stream, partial = (hidden, None) if hidden.dim() == 2 else (hidden[0], hidden[1].data_ptr())
-        if (1 if slice is None else slice.size) != self._shape.num_groups:
+        stream, partial = (hidden, 0) if hidden.dim() == 2 else (hidden[0], hidden[1].data_ptr())
+        if (1 if slice is None else slice.size) != shape.num_groups:
             got = "none" if slice is None else f"{slice.size} ranks"
-            raise ValueError(f"slice: got {got}, must be the {self._shape.num_groups} groups of the shape")
-        tensor, slice = (None if each is None or each.size == 1 else each for each in (tensor, slice))
-        lists = [pages[window] for window in self._shape.windows]
-        count = len(lists)
-        windows = (_INT * count)(*self._shape.windows)
-        entries = (_INT * count)(*(len(each.block) for each in lists))
-        starts = (_ADDRESS * count)(*(each.start.data_ptr() for each in lists))
-        blocks = (_ADDRESS * count)(*(each.block.data_ptr() for each in lists))
-        positions_of = (_ADDRESS * count)(*(each.position.data_ptr() for each in lists))
+            raise ValueError(f"slice: got {got}, must be the {shape.num_groups} groups of the shape")
+        windows = shape.windows
+        lists = [pages[window] for window in windows]
+        count, item = len(lists), 8
+        by_window = array("q", [each.start.data_ptr() for each in lists])
+        by_window.extend([each.block.data_ptr() for each in lists])
+        by_window.extend([each.position.data_ptr() for each in lists])
+        by_window.extend(windows)
+        by_window.extend([len(each.block) for each in lists])
+        where = by_window.buffer_info()[0]
         size = pool.element_size()
-        step = _Step(
-            ids,
-            *(each.data_ptr() for each in (positions, slots, query_start)),
-            masks[self._shape.windows[0]].first_position.data_ptr(),
-            *(ctypes.addressof(each) for each in (starts, blocks, positions_of, windows, entries)),
-            pool.data_ptr(),
-            stream.data_ptr(),
-            partial if is_carried else None,
-            partial if self._shape.is_cut else None,
-            pool.stride(0) * size,
-            pool.stride(1) * size,
-            pool.shape[1],
-            pool.shape[4],
-            len(tokens),
-            len(query_start) - 1,
-            count,
-            int(self._deterministic),
-            int(pool.dtype == torch.int8),
-            *(None if each is None else ctypes.addressof(each.struct) for each in (tensor, slice)),
+        step = array(  # `quire::Step` in csrc/step.h, whose members are as wide as these
+            "q",
+            (
+                *(ids, positions.data_ptr(), slots.data_ptr(), query_start.data_ptr()),
+                masks[windows[0]].first_position.data_ptr(),
+                *(where, where + count * item, where + 2 * count * item),  # page_start, page_block, page_position
+                *(where + 3 * count * item, where + 4 * count * item),  # windows, num_entries
+                *(pool.data_ptr(), stream.data_ptr(), partial if is_carried else 0, partial if is_cut else 0),
+                *(pool.stride(0) * size, pool.stride(1) * size, pool.shape[1], pool.shape[4]),
+                *(num_tokens, len(query_start) - 1, count),
+                *(self._deterministic, pool.dtype == torch.int8),
+                *(_address_of(tensor), _address_of(slice)),
+            ),
         )
-        message = ctypes.create_string_buffer(cpu.MESSAGE_BYTES)
-        code = self._library.quire_forward(self._engine, self._model, step, message, cpu.MESSAGE_BYTES)
+        message = self._message
+        code = self._library.quire_forward(self._engine, self._model, step.buffer_info()[0], message, cpu.MESSAGE_BYTES)
         if code == _BROKEN:
             raise next(each.broken() for each in (tensor, slice) if each is not None and each.is_broken)
         cpu.raise_for(code, message)
-        return hidden if self._shape.is_cut else stream
+        return hidden if is_cut else stream
 
     def head(self, hidden: torch.Tensor, rows: npt.NDArray[np.int64], *, logits: bool) -> Head:
         """Norm and head over some rows of what `forward` returned; all their logits too where asked for.
@@ -403,16 +424,17 @@ class NativeDecoder:
         if self._model.norm is None or not self._model.head.packed:
             raise ValueError("head: this decoder has no norm and head; the last stage has them")
         count = len(rows)
-        if count and not (rows.min() >= 0 and rows.max() < len(hidden)):
-            raise ValueError(f"rows: got {rows.min()} to {rows.max()}, must be from 0 to {len(hidden) - 1}")
+        if count > len(self._found.tokens):
+            self._found = _Found(count)
+        found = self._found
         out = torch.empty((count, self._model.head.columns), dtype=torch.float32) if logits else None
-        found = Head(np.empty(count, np.int32), np.empty(count, np.float32), np.empty(count, np.float32), out)
-        results = (each.ctypes.data for each in (found.tokens, found.values, found.totals))
-        where = (hidden.data_ptr(), rows.ctypes.data, count, None if out is None else out.data_ptr())
-        code = self._library.quire_head(self._engine, self._model, *where, *results)
+        where = (hidden.data_ptr(), len(hidden), rows.ctypes.data, count, None if out is None else out.data_ptr())
+        code = self._library.quire_head(self._engine, self._model, *where, *found.addresses)
+        if code == 1:
+            raise ValueError(f"rows: got {rows.min()} to {rows.max()}, must be from 0 to {len(hidden) - 1}")
         if code:
             raise MemoryError("head: no memory for the rows")
-        return found
+        return Head(found.tokens[:count].copy(), found.values[:count].copy(), found.totals[:count].copy(), out)
 
     def choose(self, rows: torch.Tensor, choices: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
         """`choose` on this decoder's threads."""
@@ -496,10 +518,15 @@ def _choose(
     return tokens
 
 
-def _check_hidden(hidden: torch.Tensor, shape: tuple[int, ...]) -> None:
+def _address_of(peers: Peers | None) -> int:
+    """For a step: 0 where there is nobody else."""
+    return 0 if peers is None or peers.size == 1 else ctypes.addressof(peers.struct)
+
+
+def _check_hidden(name: str, hidden: torch.Tensor, shape: tuple[int, ...]) -> None:
     if hidden.shape != shape or hidden.dtype != torch.float32 or not hidden.is_contiguous():
         raise ValueError(
-            f"hidden: got {hidden.dtype} {tuple(hidden.shape)} of strides {hidden.stride()}, must be float32 "
+            f"{name}: got {hidden.dtype} {tuple(hidden.shape)} of strides {hidden.stride()}, must be float32 "
             f"{shape}, contiguous"
         )
 

@@ -233,8 +233,12 @@ class Ring:
         self._place = _place(memory, offset, self.num_bytes(slots, capacity))
         self._published, self._released = (ctypes.addressof(self._place) + at for at in (0, LINE))
         places = torch.frombuffer(self._place, dtype=torch.uint8)[2 * LINE :].view(slots, -1)
-        self._heads = [each[:16].view(torch.int64) for each in places]
+        words = memoryview(self._place).cast("B").cast("q")  # a tensor's numbers cost more to take
+        size = places.shape[1]
+        self._heads = [words[at // 8 : at // 8 + 2] for at in range(2 * LINE, 2 * LINE + slots * size, size)]
         self._messages = [each[LINE : LINE + capacity] for each in places]
+        self._bytes = [memoryview(each.numpy()) for each in self._messages]
+        self._received = [(0, each[:0]) for each in self._messages]  # bytes and message, the last one of each slot
         self._sent = 0  # by this producer
         self._done = 0  # by this consumer
 
@@ -255,8 +259,7 @@ class Ring:
             tag: any int64, for the consumer.
             num_bytes: of the message.
         """
-        if not 0 <= num_bytes <= self.capacity:
-            raise ValueError(f"num_bytes: got {num_bytes}, must be from 0 to the slot's {self.capacity}")
+        self._check(num_bytes)
         head = self._heads[self._sent % self.slots]
         head[0], head[1] = tag, num_bytes
         self._sent += 1
@@ -266,13 +269,31 @@ class Ring:
         """The oldest message that is not released: its tag, and its bytes (uint8) where they lie; waits for one."""
         self._await(self._published, self._done + 1)
         index = self._done % self.slots
-        tag, num_bytes = self._heads[index].tolist()
-        return tag, self._messages[index][:num_bytes]
+        tag, num_bytes = self._heads[index]
+        if self._received[index][0] != num_bytes:
+            self._received[index] = (num_bytes, self._messages[index][:num_bytes])
+        return tag, self._received[index][1]
 
     def release(self) -> None:
         """Give back the slot of the message that `receive` gave, which may not be read any more."""
         self._done += 1
         self._library.quire_count_advance(self._released)
+
+    def put(self, tag: int, data: bytes) -> None:
+        """`slot` and `publish` of a few bytes."""
+        self._check(len(data))
+        self._await(self._released, self._sent + 1 - self.slots)
+        self._bytes[self._sent % self.slots][: len(data)] = data
+        self.publish(tag, len(data))
+
+    def take(self) -> tuple[int, bytes]:
+        """`receive` and `release` of a few bytes."""
+        self._await(self._published, self._done + 1)
+        index = self._done % self.slots
+        tag, num_bytes = self._heads[index]
+        data = bytes(self._bytes[index][:num_bytes])
+        self.release()
+        return tag, data
 
     def abort(self) -> None:
         """Break the ring for both sides, from any thread."""
@@ -282,6 +303,10 @@ class Ring:
     @property
     def is_broken(self) -> bool:
         return bool(self._library.quire_count_is_broken(self._published))
+
+    def _check(self, num_bytes: int) -> None:
+        if not 0 <= num_bytes <= self.capacity:
+            raise ValueError(f"num_bytes: got {num_bytes}, must be from 0 to the slot's {self.capacity}")
 
     def _await(self, count: int, least: int) -> None:
         if self._library.quire_count_await(count, least % _COUNTS):

@@ -157,6 +157,9 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = setting(
         None, "size", "memory of the pool; default: a share of what is free", low=1, high=1 << 50, optional=True
     )
+    preallocate_kv_cache: bool = setting(
+        False, "bool", "take the pool's memory at the start, not as pages are first written: no step waits for it"
+    )
     max_num_seqs: int = setting(256, "int", "sequences that run at once", low=1, high=16384)
     max_num_batched_tokens: int = setting(1024, "int", "tokens of one step", low=1, high=1 << 20)
     max_num_partial_prefills: int = setting(8, "int", "prompts that prefill in chunks at once", low=1, high=1024)

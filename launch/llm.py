@@ -57,6 +57,9 @@ class LLM:
         config: everything else; or give its fields by name.
         progress: show a bar on stderr while weights load; or a callable `(bytes done, bytes in all)`.
 
+    Attributes:
+        cores: where steps run, `step` sees to that; none where there is one rank.
+
     Errors: ConfigError, ModelError and NotSupported say which setting or file is refused and why.
     """
 
@@ -84,6 +87,7 @@ class LLM:
             max_pool_tokens=shard.num_blocks * shard.block_size,
         )
         self._crew: Crew | None = None
+        self.cores = Cores()
         self.loop = self._build(folder, progress)
         self._collectors: dict[str, Collector] = {}
         self._arrivals = 0  # requests admitted
@@ -218,7 +222,8 @@ class LLM:
 
     def _step(self) -> list[TokenOutput]:
         try:
-            return self.loop.step()
+            with self.cores.hold():
+                return self.loop.step()
         except EpochOver as over:
             assert self._crew is not None, "who is alone in an epoch cannot lose it"
             why = self._crew.await_failure(_BLAME_SECONDS) or over
@@ -269,11 +274,12 @@ class LLM:
             ids.add(request.request_id)
         waiting, running, names = deque(parsed), set[str](), list[str]()
         try:
-            while waiting or running:
-                while waiting and self._has_room:
-                    names.append(self._submit(*waiting.popleft()))
-                    running.add(names[-1])
-                running -= {output.request_id for output in self.step() if output.finished}
+            with self.cores.hold():
+                while waiting or running:
+                    while waiting and self._has_room:
+                        names.append(self._submit(*waiting.popleft()))
+                        running.add(names[-1])
+                    running -= {output.request_id for output in self.step() if output.finished}
         except BaseException:
             self._drop(names)
             raise
@@ -335,7 +341,9 @@ class LLM:
             return make_loop(spec, make_pipe(spec, build_runner(spec, 0, config.num_threads, own)))
         secret, threads = secrets.token_bytes(32), config.num_threads
         pin = config.pins(config.layout.num_ranks, threads)
-        ranks = make_ranks(spec, secret, Cores.claim(threads) if pin else None)
+        if pin:
+            self.cores = Cores.claim(threads)
+        ranks = make_ranks(spec, secret, self.cores)
         self._crew = crew = Crew(
             rank_settings(spec, threads, secret, ranks.listen("127.0.0.1", 0), pin),
             rank_environment(threads),
@@ -344,7 +352,7 @@ class LLM:
         )
         weakref.finalize(self, crew.close)
         try:
-            with ranks.cores.hold():
+            with self.cores.hold():
                 ranks.runner = build_runner(spec, 0, threads, own)
             ranks.begin(1)
         except EpochOver:

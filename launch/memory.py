@@ -93,6 +93,7 @@ class MemoryPlan:
             async_scheduling=config.async_scheduling,
             deterministic=config.deterministic,
             kv_cache_dtype=config.kv_cache_dtype,
+            preallocate_kv_cache=config.preallocate_kv_cache,
             num_stages=layout.pipeline,
         )
         if num_blocks < layout.page:

@@ -58,14 +58,12 @@ class Recorder:
     Attributes:
         seen: numbers of the plans of all epochs.
         resets: the epochs' groups, None for each end.
-        prepared: as `seen`, when they came.
     """
 
     part: Part
     act: Act
     seen: list[int] = field(default_factory=list)
     resets: list[int | None] = field(default_factory=list)
-    prepared: list[int] = field(default_factory=list)
     group: Group | None = None
     cache: Any = None
 
@@ -74,7 +72,6 @@ class Recorder:
         self.resets.append(None if group is None else group.epoch)
 
     def prepare(self, plan: Plan) -> Plan:
-        self.prepared.append(plan.number)
         return plan
 
     def carry_out(self, plan: Plan) -> StepResult | None:
@@ -135,7 +132,6 @@ class Threads:
             SECRET,
             self.address,
             on_fence=self.fenced.append,
-            is_ahead=self.layout.pipeline > 1,
         )
         thread = threading.Thread(target=rank.run, name=f"rank {number}")
         thread.start()

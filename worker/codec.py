@@ -2,7 +2,7 @@
 
     plan      number (8) | how long each array is (4 each), how many columns those by column have, how many admits
               | how long each column is | all arrays, int32 | all columns | admits, each ...
-    result    number (8) | arrays: count (4), int32 each | ...
+    result    number (8) | how many tokens, logprobs, scores, failures (4 each) | tokens, int32 | the others, each ...
 
 Little-endian throughout. A reader checks every length against what is there: bytes that end early or late, or that no
 encoder made, are a BadFrame. The format is private to one version: all ranks of a shard run the same.
@@ -45,7 +45,7 @@ _ARRAYS = (
 _BY_COLUMN = ("table_blocks", "copy_sources", "copy_targets")
 _arrays_of, _columns_of = attrgetter(*_ARRAYS), attrgetter(*_BY_COLUMN)
 _COUNT = struct.Struct("<I")
-_NUMBER = struct.Struct("<Q")
+_RESULT = struct.Struct("<Q4I")
 _PLAN = struct.Struct(f"<Q{len(_ARRAYS) + len(_BY_COLUMN) + 1}I")
 _ADMIT = struct.Struct("<iQii")
 _LOGPROBS = struct.Struct("<dii")
@@ -183,14 +183,16 @@ def _decode_params(data: bytes) -> SamplingParams:
 
 def encode_result(result: StepResult) -> bytes:
     """What `decode_result` reads back equal."""
+    tokens, logprobs, scores, failed = result.tokens, result.logprobs, result.scores, result.failed
+    head = _RESULT.pack(result.number, len(tokens), len(logprobs), len(scores), len(failed))
+    if not (logprobs or scores or failed):
+        return head + tokens.tobytes()
     out = Writer()
-    out.pack(_NUMBER, result.number)
-    out.ints(result.tokens)
-    out.ints(array("i", result.logprobs))
-    _write_logprobs(out, result.logprobs.values())
-    _write_logprobs(out, result.scores)
-    out.ints(array("i", result.failed))
-    for why in result.failed.values():
+    out.parts += (head, tokens, array("i", logprobs))
+    _write_logprobs(out, logprobs.values())
+    _write_logprobs(out, scores)
+    out.parts.append(array("i", failed))
+    for why in failed.values():
         out.blob(why.encode())
     return out.bytes()
 
@@ -198,32 +200,25 @@ def encode_result(result: StepResult) -> bytes:
 def decode_result(data: bytes) -> StepResult:
     """Raises BadFrame."""
     read = Reader(data)
-    (number,) = read.unpack(_NUMBER)
-    result = StepResult(PlanNumber(int(number)), read.ints())
-    entries = read.ints()
-    found = _read_logprobs(read)
-    if len(found) != len(entries):
-        raise BadFrame(f"{len(found)} logprobs for {len(entries)} entries")
-    result.logprobs = dict(zip(entries, found, strict=True))
-    result.scores = _read_logprobs(read)
-    result.failed = {entry: read.blob().decode(errors="replace") for entry in read.ints()}
+    number, num_tokens, num_logprobs, num_scores, num_failed = map(int, read.unpack(_RESULT))
+    result = StepResult(PlanNumber(number), read.numbers("i", num_tokens))
+    if num_logprobs or num_scores or num_failed:
+        entries = read.numbers("i", num_logprobs)
+        result.logprobs = {entry: _read_logprobs(read) for entry in entries}
+        result.scores = [_read_logprobs(read) for _ in range(num_scores)]
+        result.failed = {entry: read.blob().decode(errors="replace") for entry in read.numbers("i", num_failed)}
     read.end()
     return result
 
 
 def _write_logprobs(out: Writer, many: Iterable[TokenLogprobs]) -> None:
-    many = list(many)
-    out.pack(_COUNT, len(many))
     for each in many:
         out.pack(_LOGPROBS, each.logprob, each.rank, len(each.top))
         for token, logprob in each.top:
             out.pack(_TOP, token, logprob)
 
 
-def _read_logprobs(read: Reader) -> list[TokenLogprobs]:
-    found = []
-    for _ in range(read.count()):
-        logprob, rank, num_top = read.unpack(_LOGPROBS)
-        top = tuple((int(token), value) for token, value in (read.unpack(_TOP) for _ in range(int(num_top))))
-        found.append(TokenLogprobs(logprob, int(rank), top))
-    return found
+def _read_logprobs(read: Reader) -> TokenLogprobs:
+    logprob, rank, num_top = read.unpack(_LOGPROBS)
+    top = tuple((int(token), value) for token, value in (read.unpack(_TOP) for _ in range(int(num_top))))
+    return TokenLogprobs(logprob, int(rank), top)

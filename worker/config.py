@@ -23,6 +23,7 @@ class ShardConfig:
         deterministic: a token's logits depend on its sequence alone, bit for bit: not on the batch, on how prompts are
             cut into chunks, or on the number of threads.
         kv_cache_dtype: of pages: "auto", that of the weights, or "int8".
+        preallocate_kv_cache: a CPU's pool takes its memory when it is made, not as its pages are first written.
         max_waiting: requests in the queue; one more is refused.
         max_pool_share: what one sequence may hold of the pool while others wait for pages (never binds on the oldest).
         max_preemptions: after so many a sequence comes back only when it cannot be preempted again.
@@ -39,6 +40,7 @@ class ShardConfig:
     enable_prefix_caching: bool = True
     deterministic: bool = False
     kv_cache_dtype: str = "auto"
+    preallocate_kv_cache: bool = False
     max_waiting: int = 16384
     max_pool_share: float = 0.5
     max_preemptions: int = 3

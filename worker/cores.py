@@ -72,11 +72,11 @@ class Cores:
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """`stay`, until the block ends: for a thread that is not ours."""
-        if not self.cpus:
+        """`stay`, until the block ends: for a thread that is not ours. Blocks may stand in each other."""
+        before = os.sched_getaffinity(0) if self.cpus else self.cpus
+        if before == self.cpus:
             yield
             return
-        before = os.sched_getaffinity(0)
         self.stay()
         try:
             yield

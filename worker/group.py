@@ -4,6 +4,7 @@
                                        slice: the G ranks of the slice       queries, partial attention
                                        previous, next: the neighbour stages  hidden rows
                                        back: last stage to first             tokens that plans leave open
+                                       results: last stage to leader
        an error, a death --> abort --> every wait ends in PeersBroken --> close; the next Form makes the next Group
 
 Ranks of one host share memory, others meet in gloo; each group of ranks takes the one that all its members can, where
@@ -25,7 +26,7 @@ from worker.broadcast import IDLE_TIMEOUT, Broadcast, Star, TorchBroadcast
 from worker.channel import Channel
 from worker.gloo import GlooRing, World
 from worker.layout import Layout, Part
-from worker.segment import RING_SLOTS, Plan, Sizes, open_segment, token_slots
+from worker.segment import RESULT_BYTES, Plan, Sizes, open_segment, ring_slots
 from worker.ways import Ways
 
 
@@ -47,6 +48,8 @@ class Group:
         tensor, slice: None where the rank would be alone.
         previous, next: None on the first and the last stage.
         back: to receive on the first stage, to publish on the last; None elsewhere, and where plans leave nothing open.
+        results: to take on the leader, to put on the first rank of the last of several stages, where the two share
+            memory; None elsewhere.
     """
 
     def __init__(self, part: Part, sizes: Sizes, form: pb.Form, ways: Ways, *, owns_cores: bool = False) -> None:
@@ -57,6 +60,7 @@ class Group:
         self.previous: Way | None = None
         self.next: Way | None = None
         self.back: Way | None = None
+        self.results: Ring | None = None
         self._everybody: dist.ProcessGroup | None = None
         self._part, self._sizes, self._members, self._ways = part, sizes, form.members, ways
         self._owns_cores = owns_cores
@@ -102,7 +106,7 @@ class Group:
     def abort(self) -> None:
         """End every wait in this group, of all ranks whose memory this one maps. From any thread, at any time."""
         self._is_over = True
-        for each in (self.tensor, self.slice, self.previous, self.next, self.back):
+        for each in (self.tensor, self.slice, self.previous, self.next, self.back, self.results):
             if each is not None:
                 each.abort()
         if self._world is not None:
@@ -111,7 +115,8 @@ class Group:
     def close(self) -> None:
         """Give everything back. No thread may wait in this group."""
         self.abort()
-        self.tensor = self.slice = self.previous = self.next = self.back = self._everybody = None
+        self.tensor = self.slice = self._everybody = None
+        self.previous = self.next = self.back = self.results = None
         if self._world is not None:
             self._world.close()
         self._memory = None  # unmapped with the last tensor that looks into it
@@ -132,10 +137,13 @@ class Group:
             self.previous = self._ring(part.rank - layout.tensor, part.rank)
         if part.stage + 1 < layout.pipeline:
             self.next = self._ring(part.rank, part.rank + layout.tensor)
+        answering = layout.num_ranks - layout.tensor
+        if part.rank in (0, answering) and answering and self._share_memory((0, answering)):
+            slots, offset = ring_slots(layout), self._plan.offset("results", 0)
+            self.results = Ring(self._map(), offset, slots, RESULT_BYTES)
         first, last = part.tensor_rank, part.tensor_rank + (layout.pipeline - 1) * layout.tensor
         if self._sizes.tokens and first != last and part.rank in (first, last):
-            slots = token_slots(layout)
-            self.back = self._way(last, first, ("tokens", 0, part.tensor_rank), slots, self._sizes.tokens)
+            self.back = self._way(last, first, ("tokens", 0, part.tensor_rank), self._sizes.tokens)
 
     def _peers(self, ranks: range, kind: str, stage: int, number: int, capacity: int) -> Peers | None:
         own = self._part.rank
@@ -152,9 +160,10 @@ class Group:
 
     def _ring(self, sender: int, receiver: int) -> Way:
         place = ("ring", *divmod(sender, self._part.layout.tensor))
-        return self._way(sender, receiver, place, RING_SLOTS, self._sizes.ring)
+        return self._way(sender, receiver, place, self._sizes.ring)
 
-    def _way(self, sender: int, receiver: int, place: tuple[str, int, int], slots: int, capacity: int) -> Way:
+    def _way(self, sender: int, receiver: int, place: tuple[str, int, int], capacity: int) -> Way:
+        slots = ring_slots(self._part.layout)
         if self._share_memory((sender, receiver)):
             return Ring(self._map(), self._plan.offset(*place), slots, capacity)
         own = self._part.rank

@@ -40,7 +40,7 @@ class Pipe(Protocol):
     """Whatever executes plans while the next ones are made: the ranks of a shard."""
 
     def send(self, plan: Plan) -> None:
-        """Begin a plan. Raises EpochOver."""
+        """Begin a plan; the caller's own part of it may be done before this returns. Raises EpochOver."""
         ...
 
     def receive(self) -> StepResult:
@@ -184,5 +184,6 @@ class Loop:
             sent = perf_counter()
             self.schedule_seconds += sent - began
             self.pipe.send(plan)
+            self.run_seconds += perf_counter() - sent
             if self.scheduler.num_in_flight >= self.scheduler.config.max_in_flight:
                 return

@@ -24,7 +24,11 @@ from worker.weights import Progress, TensorReader, Weights
 
 
 class NativeModel:
-    """A model ready to run: tokens and positions in, hidden rows and logits out. Holds no state of any sequence."""
+    """A model ready to run: tokens and positions in, hidden rows and logits out. Holds no state of any sequence.
+
+    Attributes:
+        windows: the different sliding windows of the part's layers; 0 is full attention.
+    """
 
     def __init__(
         self,
@@ -51,6 +55,7 @@ class NativeModel:
         """
         self.config, self.dtype, self.part = config, dtype, part or Layout().part(config, 0)
         part = self.part
+        self.windows = tuple(sorted({config.windows[layer] for layer in part.layers}))
         slices = part.tensors(config)
         reader = TensorReader(weights, config.tensor_shapes(), dtype, config.harmless_tensors, progress, slices)
         embedding = reader.take("model.embed_tokens.weight") if part.is_first else None
@@ -82,22 +87,21 @@ class NativeModel:
             self._decoder.set_head(Rows.beside((_head(config, part, reader, embedding),), (None,)))
             weights.release()
 
-    @property
-    def windows(self) -> tuple[int, ...]:
-        """The different sliding windows of the part's layers; 0 is full attention."""
-        return tuple(sorted({self.config.windows[layer] for layer in self.part.layers}))
-
     def forward(
         self,
         batch: Batch,
         cache: PagedKVCache,
         hidden: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
         tensor: Peers | None = None,
         slice: Peers | None = None,
     ) -> torch.Tensor:
         """See `Decoder.forward`; the residual stream is float32. `NativeDecoder.forward` says what a part needs."""
         where = (batch.slots, batch.query_start, cache.pool, batch.pages, batch.masks)
-        return self._decoder.forward(batch.tokens, batch.positions, *where, hidden=hidden, tensor=tensor, slice=slice)
+        return self._decoder.forward(
+            batch.tokens, batch.positions, *where, hidden=hidden, out=out, tensor=tensor, slice=slice
+        )
 
     def head(self, hidden: torch.Tensor, rows: npt.NDArray[np.int64], *, logits: bool) -> Head:
         """See `Decoder.head`; of the part's rows of the vocabulary, `part.vocab`: only `tokens` count in all of it."""

@@ -1,7 +1,6 @@
 """A rank that is not its shard's leader: plans in, its part of them done, hidden rows and results out.
 
     control thread: dial the leader, answer pings, hear Form and Abort      main thread: form, plans, leave, form ...
-    plans thread, where plans come before the one before is done: take them and make their arrays meanwhile
 
 It keeps its weights over any number of epochs and leaders; what it knows of sequences is an epoch's.
 """
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 from google.protobuf.message import DecodeError
 
-from kernels.peers import PeersBroken
+from kernels.peers import PeersBroken, Ring
 from pagetable.frames import BadFrame, Kind
 from quire_pb.worker.v1 import worker_pb2 as pb
 from worker.broadcast import Broadcast
@@ -28,8 +27,8 @@ from worker.cores import Cores
 from worker.group import Group
 from worker.layout import Part
 from worker.page_reads import answer_read
-from worker.plan import Plan
-from worker.ranks import DIGEST_BYTES, Chain
+from worker.plan import Plan, StepResult
+from worker.ranks import BY_SOCKET, DIGEST_BYTES, Chain
 from worker.runner import Prepared, Runner
 from worker.segment import Plan as SegmentPlan
 from worker.segment import Segment, Sizes, host_key
@@ -53,7 +52,6 @@ class Rank:
         host: where other hosts reach this one; "" takes the address that the leader is dialled from.
         ways: how ranks talk to each other.
         on_fence: told why the leader wants this process to end; the default ends it.
-        is_ahead: several plans are in flight.
         cores: that are this process's own.
         others: as in `worker.ranks.Ranks`.
     """
@@ -70,12 +68,11 @@ class Rank:
         ways: Ways | None = None,
         on_fence: Callable[[str], None] | None = None,
         *,
-        is_ahead: bool = False,
         cores: Cores | None = None,
     ) -> None:
         self._part, self._runner, self._sizes, self._identity = part, runner, sizes, identity
         self._secret, self._leader, self._host = secret, leader, host
-        self._ways, self._on_fence, self._is_ahead = ways or Ways(), on_fence or _end_process, is_ahead
+        self._ways, self._on_fence = ways or Ways(), on_fence or _end_process
         self._cores = cores or Cores()
         self._size = SegmentPlan(part.layout, sizes).num_bytes
         self._forms: queue.SimpleQueue[pb.Form | None] = queue.SimpleQueue()
@@ -87,7 +84,6 @@ class Rank:
         self._is_over = True  # that epoch
         self._group: Group | None = None
         self._plans: Channel | None = None
-        self._taking: threading.Thread | None = None
         self._began = 0.0  # the step at hand
         self._steps = 0
         self._doing = ""
@@ -152,14 +148,13 @@ class Rank:
         group.form()
         self._runner.reset(group)
         self._say(Kind.FORMED, pb.Formed(epoch=form.epoch, rank=self._part.rank))
-        source = self._take(group.make_broadcast({0: plans}))
-        for plan, prepared in self._take_ahead(source) if self._is_ahead else source:
+        for plan, prepared in self._take(group.make_broadcast({0: plans})):
             self._doing = f"plan {plan.number}"
             self._began = time.monotonic()
             result = self._runner.carry_out(prepared)
             self._began, self._steps = 0.0, self._steps + 1
             if result is not None:
-                self._answer(plans, Kind.RESULT, encode_result(result))
+                self._answer(group.results, plans, result)
 
     def _take(self, broadcast: Broadcast) -> Iterator[tuple[Plan, Prepared]]:
         """The epoch's plans as they come, ready to be carried out; ends with an error."""
@@ -177,29 +172,15 @@ class Rank:
             yield plan, prepared
             chain.add(data)  # not before: the others wait for this rank's step
 
-    def _take_ahead(self, source: Iterator[tuple[Plan, Prepared]]) -> Iterator[tuple[Plan, Prepared]]:
-        """The same, taken by a thread of its own."""
-        taken: queue.SimpleQueue[tuple[Plan, Prepared] | Exception] = queue.SimpleQueue()
-
-        def take() -> None:
-            try:
-                for each in source:
-                    taken.put(each)
-            except Exception as error:
-                taken.put(error)
-
-        self._taking = threading.Thread(target=take, name="plans", daemon=True)
-        self._taking.start()
-        while not isinstance(found := taken.get(), Exception):
-            yield found
+    def _answer(self, ring: Ring | None, plans: Channel, result: StepResult) -> None:
+        data = encode_result(result)
+        if ring is not None:
+            if len(data) <= ring.capacity:
+                ring.put(result.number, data)
+                return
+            ring.put(BY_SOCKET, b"")
         try:
-            raise found
-        finally:
-            del found  # its traceback has this frame, which would hold the epoch's sockets
-
-    def _answer(self, plans: Channel, kind: Kind, payload: bytes) -> None:
-        try:
-            plans.send(kind, payload)
+            plans.send(Kind.RESULT, data)
         except OSError as error:
             raise PeersBroken("the leader is gone") from error
 
@@ -212,11 +193,6 @@ class Rank:
             self._is_over = True
         if plans is not None:
             plans.shut()
-        if self._taking is not None:
-            if group is not None:
-                group.abort()
-            self._taking.join()
-            self._taking = None
         self._runner.reset(None)
         if group is not None:
             group.close()

@@ -2,11 +2,13 @@
 
     form:   every rank is ready -> Form to all -> every rank has formed (worker/members.py) -> plans
     plan:   leader --Broadcast--> all ranks of all stages; hidden rows and sums go between ranks (worker/group.py)
-            the last stage's first tensor rank --> leader: the result
+            the last stage's first tensor rank --> leader: the result, in shared memory or over the socket of plans
     over:   a rank is lost, a step fails or takes too long -> every wait ends -> leave, and form again
 
-The leader is rank 0 and runs the first stage's part itself. Each plan carries the digest of all plans before it, so
-ranks whose tables could differ find out before they compute.
+The leader is rank 0 and does the first stage's part itself, on the thread that sends: one of its own would have to be
+woken for each plan, to run on the same core. So a result of a later stage is seen once the leader has done its part of
+the last plan that it sent, which is about when the result comes. Where plans are made ahead, that part has a thread.
+Each plan carries the digest of all plans before it, so ranks whose tables could differ find out before they compute.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ _log = logging.getLogger(__name__)
 
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.05, 2.0  # between tries to form
 DIGEST_BYTES = 8
+BY_SOCKET = -1  # instead of a result's number, in the ring: it is too long for that
 
 
 class Chain:
@@ -61,9 +64,10 @@ class Ranks:
         sizes: of messages, equal on all ranks.
         identity: of model, layout and configuration; a rank with another is refused.
         ways: how ranks talk to each other.
-        overlaps: with one stage, too, the leader's own part runs on a thread of its own (asynchronous scheduling).
+        overlaps: the leader's own part runs on a thread of its own (asynchronous scheduling).
         on_over: told once of each epoch's end, from any thread.
-        cores: where the leader's own part runs; none, where the system puts it.
+        cores: where the leader's own part runs, and the thread that steps belongs (`Cores.hold`); none, where the
+            system puts them.
 
     Attributes:
         cores: as given; released by `close`.
@@ -90,7 +94,7 @@ class Ranks:
         self.step_seconds = math.inf
         self.num_plan_bytes = 0
         self._sizes, self._identity, self._ways = sizes, identity, ways or Ways()
-        self._overlaps = overlaps or self.layout.pipeline > 1
+        self._overlaps = overlaps
         self._members = Members(self.layout.num_ranks, identity, secret, self._cut_off, self._beat)
         self._group: Group | None = None
         self._broadcast: Broadcast | None = None
@@ -237,24 +241,22 @@ class Ranks:
             self._members.give_up(str(error))
             self.check()
         self.num_plan_bytes += (DIGEST_BYTES + len(data)) * (self.layout.num_ranks - 1)
-        self._own.put(plan)
-        self._chain.add(data)
+        if self._overlaps:
+            self._own.put(plan)
+        else:
+            self._do_own_part(plan, self._found)
+        self._chain.add(data)  # not before: the others have the plan already
 
     def receive(self) -> StepResult:
         """See `Pipe.receive`."""
         self.check()  # an epoch that is over has nothing to wait for
-        with self.cores.hold():
-            result = self._result() if self.layout.pipeline > 1 else self._own_result()
+        result = self._result() if self.layout.pipeline > 1 else self._own_result()
         self._num_moves += 1
         self._num_out -= 1
         return result
 
     def _own_result(self) -> StepResult:
-        if self._overlaps:
-            result = self._found.get()
-        else:
-            plan = self._own.get()
-            result = self._run(plan) if plan is not None else None  # closed meanwhile
+        result = self._found.get()
         self.check()
         assert result is not None, "the leader is the first rank of the only stage"
         return result
@@ -296,19 +298,31 @@ class Ranks:
     def _compute(self, plans: queue.SimpleQueue[Plan | None], found: queue.SimpleQueue[StepResult | None]) -> None:
         self.cores.stay()
         while (plan := plans.get()) is not None and self._members.over is None:
-            found.put(self._run(plan))
+            self._do_own_part(plan, found)
         found.put(None)
 
+    def _do_own_part(self, plan: Plan, found: queue.SimpleQueue[StepResult | None]) -> None:
+        result = self._run(plan)
+        if self.layout.pipeline == 1:  # else the last stage answers
+            found.put(result)
+
     def _result(self) -> StepResult:
-        channel = self._members.plans(self.layout.num_ranks - self.layout.tensor)
         try:
-            kind, payload = channel.receive()
-            if kind is not Kind.RESULT:
-                raise BadFrame(f"a {kind.name} instead of a result")
-            return decode_result(payload)
-        except OSError as error:
+            return self._received()
+        except (OSError, PeersBroken) as error:
             self._members.give_up(f"the last stage: {error}")
         except BadFrame as error:
             self.end(f"the last stage: {error}")
         self.check()
         raise AssertionError("unreachable: an epoch that ended has a reason")
+
+    def _received(self) -> StepResult:
+        assert self._group is not None
+        if (ring := self._group.results) is not None:
+            number, payload = ring.take()
+            if number != BY_SOCKET:
+                return decode_result(payload)
+        kind, payload = self._members.plans(self.layout.num_ranks - self.layout.tensor).receive()
+        if kind is not Kind.RESULT:
+            raise BadFrame(f"a {kind.name} instead of a result")
+        return decode_result(payload)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -23,12 +24,13 @@ from worker.open_tokens import OpenTokens
 from worker.page_moves import move_pages
 from worker.plan import Plan, StepResult, TokenLogprobs
 from worker.sampler import Sampler
-from worker.tables import Batch, Ints, Moves, TableMirror, ints
+from worker.tables import Batch, Ints, Moves, TableMirror
 
 Model: TypeAlias = Decoder | NativeModel | GpuModel
 
 # Prompt logprobs can ask for the logits of every token of a chunk; so many rows of them exist at a time.
 MAX_SCORE_ROWS = 64
+_MOST_VIEWS = 16  # more than the slots of two rings; messages over gloo come as new ones
 NOT_FINITE = "the model's logits are not finite at this position"
 NOTHING_LEFT = "no token is left to sample: biases and masks leave none finite"
 
@@ -76,8 +78,10 @@ class Runner:
         """
         self.model, self.cache, self.tables, self.sampler, self.part = model, cache, tables, sampler, part
         self.group: Group | None = None
+        self._native = model if isinstance(model, NativeModel) else None
         self._widths, self._fills_tokens = vocab_widths, fills_tokens
         self._open = OpenTokens()
+        self._views: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}  # by the message's id
 
     @property
     def answers(self) -> bool:
@@ -88,6 +92,7 @@ class Runner:
         """Another epoch: nothing of the last one's tables holds. Samplers follow with the admits."""
         self.tables.tables.fill(-1)
         self.group = group
+        self._views.clear()
         if self.part is not None:
             self._open = OpenTokens(self.part.layout.pipeline, group.back if group is not None else None)
 
@@ -102,13 +107,18 @@ class Runner:
         """`prepare`, then `carry_out`."""
         return self.carry_out(self.prepare(plan))
 
-    @torch.inference_mode()
     def carry_out(self, prepared: Prepared) -> StepResult | None:
         """One step whose table changes are made: admits, copies, forward pass, samples, scores.
 
         A sample row whose logits are not finite is named in `failed`, with token -1; the other rows are unharmed.
         Returns None where another rank answers. Raises PeersBroken where the epoch is over.
         """
+        if self._native is not None:
+            return self._carry_out(prepared)
+        with torch.inference_mode():
+            return self._carry_out(prepared)
+
+    def _carry_out(self, prepared: Prepared) -> StepResult | None:
         plan, batch = prepared.plan, prepared.batch
         is_last = self.part is None or self.part.is_last
         if is_last:
@@ -122,37 +132,54 @@ class Runner:
             move_pages(self.group.slice, self.cache, prepared.moves)
         result = StepResult(plan.number, array("i"))
         if batch is not None:
-            if self.part is None or self.part.is_first:
+            if self._fills_tokens and (self.part is None or self.part.is_first):
                 self._open.fill(plan.number, batch.tokens.numpy())
             hidden = self._forward(plan, batch)
             if is_last:
                 self._sample(plan, hidden, result)
                 if self._fills_tokens:
                     self._open.found(plan.number, result.tokens)
-                result.scores = self._score(plan, hidden)
+                if plan.score_row:
+                    result.scores = self._score(plan, hidden)
             if self.group is not None and self.group.previous is not None:
                 self.group.previous.release()
         return result if self.answers else None
 
     def _forward(self, plan: Plan, batch: Batch) -> torch.Tensor:
         """The stage's layers; its hidden rows go to the next stage where there is one."""
-        group, part = self.group, self.part
-        if group is None or part is None or not isinstance(self.model, NativeModel):
+        group, model = self.group, self._native
+        if group is None or model is None:
             return self.model.forward(batch, self.cache)
-        hidden = None
-        if group.previous is not None:
+        num_tokens, part = plan.num_tokens, model.part
+        if group.previous is None:
+            out = None if group.next is None else self._rows(group.next.slot(), num_tokens, part.is_cut)
+            hidden = model.forward(batch, self.cache, out=out, tensor=group.tensor, slice=group.slice)
+        else:
             tag, message = group.previous.receive()
             if tag != plan.number:
                 group.abort()
                 raise PeersBroken(f"hidden rows of plan {tag} came for plan {plan.number}")
-            rows = (plan.num_tokens, -1)
-            hidden = message.view(torch.float32).view((2, *rows) if part.is_carrying else rows)
-        hidden = self.model.forward(batch, self.cache, hidden, group.tensor, group.slice)
+            hidden = self._rows(message, num_tokens, part.is_carrying)
+            hidden = model.forward(batch, self.cache, hidden, tensor=group.tensor, slice=group.slice)
+            if group.next is not None:
+                self._rows(group.next.slot(), num_tokens, part.is_cut).copy_(hidden)
         if group.next is not None:
-            count = hidden.numel() * 4
-            group.next.slot()[:count].copy_(hidden.view(-1).view(torch.uint8))
-            group.next.publish(plan.number, count)
+            group.next.publish(plan.number, hidden.numel() * 4)
         return hidden
+
+    def _rows(self, message: torch.Tensor, num_tokens: int, is_cut: bool) -> torch.Tensor:
+        """float32 [tokens, hidden] at the front of what goes between two stages; two of them, [2, tokens, hidden],
+        where the one ends inside an MLP. A ring's few messages are the same objects again and again."""
+        kept = self._views.get(id(message))
+        if kept is not None and kept[0] is message and kept[1] == num_tokens:
+            return kept[2]
+        shape = (1 + is_cut, num_tokens, self.model.config.hidden_size)
+        view = message[: math.prod(shape) * 4].view(torch.float32).view(shape)
+        view = view if is_cut else view[0]
+        if len(self._views) >= _MOST_VIEWS:
+            self._views.clear()
+        self._views[id(message)] = (message, num_tokens, view)
+        return view
 
     def _head(self, hidden: torch.Tensor, rows: npt.NDArray[np.int64], *, logits: bool) -> Head:
         found = self.model.head(hidden, rows, logits=logits)
@@ -164,10 +191,10 @@ class Runner:
         if not plan.sample_row:
             return
         plain = self.sampler.takes_likeliest(plan.sample_slot)
-        head = self._head(hidden, ints(plan.sample_row).astype(np.int64), logits=not plain)
+        head = self._head(hidden, np.array(plan.sample_row, np.int64), logits=not plain)
         # any NaN or infinity makes the row's sum one
         finite = np.isfinite(head.totals)
-        if (head.logits is None or not self.answers) and finite.all():
+        if (head.logits is None or not self.answers) and np.logical_and.reduce(finite):
             self.sampler.count(plan.sample_slot)
             result.tokens = array("i", head.tokens.tobytes())
             self._share(result, head)
@@ -205,7 +232,7 @@ class Runner:
             result.tokens = array("i", share_tokens(self.group.tensor, tokens).tobytes())
 
     def _score(self, plan: Plan, hidden: torch.Tensor) -> list[TokenLogprobs]:
-        rows, scores = ints(plan.score_row).astype(np.int64), list[TokenLogprobs]()
+        rows, scores = np.array(plan.score_row, np.int64), list[TokenLogprobs]()
         for start in range(0, len(rows), MAX_SCORE_ROWS):
             part = slice(start, start + MAX_SCORE_ROWS)
             logits = self._head(hidden, rows[part], logits=True).logits

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from kernels.peers import Ring, SharedPeers
 from worker.layout import Layout
 
-RING_SLOTS = 2
+RESULT_BYTES = 64 << 10  # of a result in shared memory; a longer one goes over the socket
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,11 @@ class Plan:
             for each in range(layout.num_slices if layout.page > 1 else 0):
                 self._take(("slice", stage, each), SharedPeers.num_bytes(layout.page, sizes.slice))
             for rank in range(layout.tensor if stage + 1 < layout.pipeline else 0):
-                self._take(("ring", stage, rank), Ring.num_bytes(RING_SLOTS, sizes.ring))
+                self._take(("ring", stage, rank), Ring.num_bytes(ring_slots(layout), sizes.ring))
+        if layout.pipeline > 1:
+            self._take(("results", 0, 0), Ring.num_bytes(ring_slots(layout), RESULT_BYTES))
         for rank in range(layout.tensor if layout.pipeline > 1 and sizes.tokens else 0):
-            self._take(("tokens", 0, rank), Ring.num_bytes(token_slots(layout), sizes.tokens))
+            self._take(("tokens", 0, rank), Ring.num_bytes(ring_slots(layout), sizes.tokens))
 
     def offset(self, kind: str, stage: int, number: int = 0) -> int:
         return self._offsets[kind, stage, number]
@@ -56,8 +58,8 @@ class Plan:
         self.num_bytes += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def token_slots(layout: Layout) -> int:
-    """Of the ring from the last stage to the first; see `worker.open_tokens`."""
+def ring_slots(layout: Layout) -> int:
+    """Of a ring between stages: as many plans can be in flight, so nobody waits for a slot."""
     return layout.pipeline + 1
 
 

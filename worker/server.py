@@ -22,6 +22,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from google.protobuf.message import Message
@@ -229,6 +230,10 @@ class ShardServer:
 
     def run(self) -> None:
         """Serve until `stop`."""
+        with nullcontext() if self._ranks is None else self._ranks.cores.hold():
+            self._run()
+
+    def _run(self) -> None:
         while not self._stopping:
             self._wake.clear()
             while self._inbox:

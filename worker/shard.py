@@ -165,7 +165,9 @@ def build_runner(spec: ShardSpec, rank: int, threads: int, progress: Progress | 
     if pages == torch.int8 and not backend.takes.int8:
         limit = f"be auto on {device.type}: its kernels ({backend.name}) read no pages of int8"
         raise ConfigError("kv_cache_dtype", config.kv_cache_dtype, limit, "leave it out")
-    cache = PagedKVCache(model, blocks, config.block_size, pages, part, device, backend)
+    cache = PagedKVCache(
+        model, blocks, config.block_size, pages, part, device, backend, preallocate=config.preallocate_kv_cache
+    )
     if isinstance(decoder, GpuModel) and device.type != "cpu":
         try:
             decoder.warm_up(cache)
@@ -208,20 +210,7 @@ def build_rank(
     """A rank that follows. See `worker.rank.Rank`."""
     part = spec.layout.part(spec.model, rank)
     runner = build_runner(spec, rank, threads, progress)
-    is_ahead = spec.config.max_in_flight > 1
-    return Rank(
-        part,
-        runner,
-        spec.sizes(),
-        spec.identity,
-        secret,
-        leader,
-        host,
-        spec.ways,
-        on_fence,
-        is_ahead=is_ahead,
-        cores=cores,
-    )
+    return Rank(part, runner, spec.sizes(), spec.identity, secret, leader, host, spec.ways, on_fence, cores=cores)
 
 
 def build_model(

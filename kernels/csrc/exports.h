@@ -74,10 +74,10 @@ QUIRE_EXPORT int64_t quire_forward(quire::Engine* engine, const quire::Model* mo
                                    char* message, int64_t size);
 
 // Final norm and head over some rows of `hidden`: each row's likeliest token, its logit, the sum of its logits, and
-// where `logits` is given all of them, [num_rows][columns of the head].
+// where `logits` is given all of them, [num_rows][columns of the head]. 1, without a message, where a row is not there.
 QUIRE_EXPORT int64_t quire_head(quire::Engine* engine, const quire::Model* model, const float* hidden,
-                                const int64_t* rows, int64_t num_rows, float* logits, int32_t* tokens, float* values,
-                                float* totals);
+                                int64_t num_hidden, const int64_t* rows, int64_t num_rows, float* logits,
+                                int32_t* tokens, float* values, float* totals);
 
 // A token for each of `rows` rows of logits, `row_stride` elements apart, all with a finite largest one; on the calling
 // thread where engine is null.

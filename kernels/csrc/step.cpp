@@ -555,8 +555,11 @@ int64_t quire_forward(quire::Engine* engine, const quire::Model* model, const qu
     return 2;
 }
 
-int64_t quire_head(quire::Engine* engine, const quire::Model* model, const float* hidden, const int64_t* rows,
-                   int64_t num_rows, float* logits, int32_t* tokens, float* values, float* totals) try {
+int64_t quire_head(quire::Engine* engine, const quire::Model* model, const float* hidden, int64_t num_hidden,
+                   const int64_t* rows, int64_t num_rows, float* logits, int32_t* tokens, float* values,
+                   float* totals) try {
+    for (int64_t row = 0; row < num_rows; row++)
+        if (rows[row] < 0 || rows[row] >= num_hidden) return 1;
     return engine->head(*model, hidden, rows, num_rows, logits, tokens, values, totals);
 } catch (const std::bad_alloc&) {
     return 2;

@@ -128,5 +128,6 @@ struct Step {
     Peers* tensor;  // the ranks that sum their parts of each product into `hidden`; null: this one alone
     Peers* slice;   // the groups that hold pages of these kv heads; null: this one alone
 };
+static_assert(sizeof(Step) == 25 * 8, "decoder.py writes it as 25 numbers");
 
 }  // namespace quire

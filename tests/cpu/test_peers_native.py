@@ -277,6 +277,32 @@ def test_messages_come_in_order(slots: int) -> None:
     in_threads(lambda: send(producer, 300), lambda: check(consumer, 300))
 
 
+@pytest.mark.parametrize("slots", [1, 3])
+def test_bytes_are_messages_too(slots: int) -> None:
+    """Whichever way each end takes, in turn."""
+    producer, consumer = rings(slots)
+    messages = [given(0, turn, turn * 37 % 101) for turn in range(200)]
+
+    def put() -> None:
+        for turn, message in enumerate(messages):
+            if turn % 3:
+                producer.put(turn, message.tobytes())
+            else:
+                producer.slot()[: len(message)].numpy()[:] = message
+                producer.publish(turn, len(message))
+
+    def take() -> None:
+        for turn, message in enumerate(messages):
+            if turn % 2:
+                assert consumer.take() == (turn, message.tobytes())
+            else:
+                tag, found = consumer.receive()
+                assert (tag, found.numpy().tobytes()) == (turn, message.tobytes())
+                consumer.release()
+
+    in_threads(put, take)
+
+
 def _producer(path: str) -> None:
     send(Ring(opened(path), 0, 3, 1000), 300)
 
@@ -326,9 +352,13 @@ def test_an_abort_wakes_both_ends_of_a_ring() -> None:
 
 
 def test_a_ring_refuses_what_does_not_fit() -> None:
-    producer, _ = rings(1)
+    producer, consumer = rings(1)
     with pytest.raises(ValueError, match="num_bytes: got 101, must be from 0 to the slot's 100"):
         producer.publish(0, 101)
+    with pytest.raises(ValueError, match="num_bytes: got 101, must be from 0 to the slot's 100"):
+        producer.put(0, bytes(101))
+    producer.put(7, bytes(100))  # the refused ones took no slot
+    assert consumer.take() == (7, bytes(100))
     with pytest.raises(ValueError, match="slots, capacity: got 0 and 8"):
         Ring(private(4096), 0, 0, 8)
     with pytest.raises(ValueError, match="offset: got 0, 4288 bytes"):

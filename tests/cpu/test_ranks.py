@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,11 +26,11 @@ from worker.layout import Layout
 from worker.loop import EpochOver
 from worker.members import Members
 from worker.model_config import ModelConfig
-from worker.plan import Plan
+from worker.plan import Plan, StepResult
 from worker.rank import Rank
 from worker.ranks import Ranks
+from worker.segment import RESULT_BYTES, Segment, open_segment
 from worker.segment import Plan as SegmentPlan
-from worker.segment import Segment, open_segment
 from worker.ways import Ways
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory by /proc")
@@ -85,17 +86,50 @@ def test_a_rank_whose_step_raises_ends_the_epoch_by_its_name_and_the_plan_and_al
         assert all(rank.is_alive() for _, rank in it.followers.values())  # the same ones: nothing was started anew
 
 
-def test_a_rank_of_a_later_stage_prepares_a_plan_while_the_one_before_runs(small: ModelConfig) -> None:
-    def wait(runner: Recorder, plan: Plan) -> None:
-        if plan.number == 0:
-            until(lambda: 1 in runner.prepared)
-
-    with threads(small, Layout(1, 2), {1: wait}) as it:
+def test_plans_that_sockets_cannot_hold_go_out_while_those_before_run(small: ModelConfig) -> None:
+    """A later stage reads no plan while it works on one, for which it waits for the stages before it."""
+    with threads(small, Layout(1, 3)) as it:
         it.ranks.begin(1)
-        for number in range(2):
-            it.ranks.send(Plan(PlanNumber(number)))
-        assert [it.ranks.receive().tokens[0] for _ in range(2)] == [it.expected(number) for number in range(2)]
-        assert it.runners[1].seen == it.runners[1].prepared == [0, 1]
+        for number in range(3):
+            it.ranks.send(Plan(PlanNumber(number), tokens=array("i", bytes(32 << 20))))
+        assert [it.ranks.receive().tokens[0] for _ in range(3)] == [it.expected(number) for number in range(3)]
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 2), Layout(2, 3)], ids=str)
+def test_a_result_of_any_length_comes_in_its_turn(layout: Layout, small: ModelConfig) -> None:
+    with threads(small, layout) as it:
+        last = it.runners[layout.num_ranks - layout.tensor]
+        run = last.run
+
+        def explain(plan: Plan) -> StepResult | None:
+            result = run(plan)
+            assert result is not None
+            result.failed = {0: "x" * (plan.number % 3 * RESULT_BYTES // 2)}
+            return result
+
+        last.run = explain  # type: ignore[method-assign]
+        it.ranks.begin(1)
+        for first in range(0, 12, layout.pipeline):
+            numbers = range(first, first + layout.pipeline)
+            for number in numbers:
+                it.ranks.send(Plan(PlanNumber(number)))
+            for number in numbers:
+                found = it.ranks.receive()
+                assert (found.number, found.tokens[0]) == (number, it.expected(number))
+                assert len(found.failed[0]) == number % 3 * RESULT_BYTES // 2
+
+
+def test_a_result_that_is_none_of_ours_ends_the_epoch(small: ModelConfig) -> None:
+    with threads(small, Layout(1, 2)) as it:
+        it.ranks.begin(1)
+        ring = it.runners[1].group.results  # type: ignore[union-attr]
+        assert ring is not None
+        ring.put(0, b"hm")
+        it.ranks.send(Plan(PlanNumber(0)))
+        with pytest.raises(EpochOver, match="the last stage: a plan or result ends 22 bytes early"):
+            it.ranks.receive()
+        it.ranks.begin(2)
+        assert it.step(0) == it.expected(0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -396,7 +430,8 @@ def test_parts_of_a_segment_do_not_overlap(small: ModelConfig) -> None:
         plan = SegmentPlan(layout, SIZES)
         places = sorted(plan._offsets.values())
         num_groups = layout.pipeline * ((layout.tensor > 1) + (layout.num_slices if layout.page > 1 else 0))
-        assert len(places) == len(set(places)) == num_groups + (layout.pipeline - 1) * layout.tensor
+        num_rings = (layout.pipeline - 1) * layout.tensor + (layout.pipeline > 1)
+        assert len(places) == len(set(places)) == num_groups + num_rings
         memory = open_segment((segment := Segment(plan.num_bytes)).path, plan.num_bytes)
         marks = torch.frombuffer(memory, dtype=torch.uint8)
         assert not marks.any() and len(marks) == plan.num_bytes

@@ -244,7 +244,7 @@ class Ranks:
         try:
             tables.apply(plan)
             batch = tables.batch(plan, model.windows)
-            return model.forward(batch, self.caches[rank], hidden, self.tensor[rank], self.slices[rank])
+            return model.forward(batch, self.caches[rank], hidden, tensor=self.tensor[rank], slice=self.slices[rank])
         except BaseException:
             for peers in (*self.tensor, *self.slices):
                 if peers is not None:

@@ -489,6 +489,40 @@ def test_given_hidden_rows_are_changed_in_place() -> None:
     assert found is rows and not torch.equal(rows, torch.ones_like(rows))
 
 
+@pytest.mark.parametrize("cut", [0, 16])
+def test_a_first_stage_writes_where_it_is_told(cut: int) -> None:
+    weights = Weights(Sizes(), torch.float32)
+    chunks = [Chunk(0, 0, 5), Chunk(1, 0, 2)]
+    usual = Shard(weights, Split(end=1, cut=cut)).step(chunks)
+    first = Shard(weights, Split(end=1, cut=cut))
+    batch = first.book.batch(chunks, weights.sizes, first.windows, 0)
+    out = torch.full_like(usual, torch.nan)
+    assert first.decoders[0].forward(**batch, pool=first.pools[0], out=out) is out
+    assert torch.equal(out, usual)
+    for bad in (torch.zeros(7, 44), out[..., :-1].contiguous(), out.double()):
+        with pytest.raises(ValueError, match=r"out: got .* must be float32 \(.*7, 45\), contiguous"):
+            first.decoders[0].forward(**batch, pool=first.pools[0], out=bad)
+
+
+def test_rows_that_are_not_there_have_no_head() -> None:
+    weights = Weights(Sizes(), torch.float32)
+    decoder, hidden = Shard(weights).decoders[0], torch.randn(9, weights.sizes.hidden)
+    for rows in ([0, 9], [-1, 3]):
+        with pytest.raises(ValueError, match=f"rows: got {min(rows)} to {max(rows)}, must be from 0 to 8"):
+            decoder.head(hidden, np.array(rows), logits=False)
+    assert not len(decoder.head(hidden, np.zeros(0, np.int64), logits=False).tokens)
+
+
+def test_what_a_head_says_stays_when_it_is_asked_again() -> None:
+    weights = Weights(Sizes(), torch.float32)
+    decoder, hidden = Shard(weights).decoders[0], torch.randn(40, weights.sizes.hidden)
+    first = decoder.head(hidden, np.arange(40), logits=False)
+    again = decoder.head(hidden, np.arange(40)[::-1].copy(), logits=False)
+    np.testing.assert_array_equal(first.tokens, again.tokens[::-1])
+    np.testing.assert_array_equal(first.values, again.values[::-1])
+    assert len(set(first.values.tolist())) > 1
+
+
 def test_a_split_head_has_the_logits_of_the_whole() -> None:
     weights = Weights(Sizes(), torch.float32)
     hidden = torch.randn(9, weights.sizes.hidden, generator=torch.Generator().manual_seed(1))

@@ -135,7 +135,7 @@ bool run(int64_t level, bool bf16, bool deterministic, bool int8) {
             for (size_t row = 0; row < lengths.size(); row++) rows.push_back(query_start[row + 1] - 1);
             std::vector<float> logits(rows.size() * vocab), values(rows.size()), totals(rows.size());
             std::vector<int32_t> best(rows.size());
-            quire_head(engine, &model, hidden_rows.data(), rows.data(), (int64_t)rows.size(), logits.data(),
+            quire_head(engine, &model, hidden_rows.data(), count, rows.data(), (int64_t)rows.size(), logits.data(),
                        best.data(), values.data(), totals.data());
             all.insert(all.end(), hidden_rows.begin(), hidden_rows.end());
             all.insert(all.end(), logits.begin(), logits.end());

@@ -43,6 +43,7 @@ def test_defaults_are_the_ones_that_the_documents_name() -> None:
         "block_size": 16,
         "num_gpu_blocks_override": None,
         "kv_cache_memory_bytes": None,
+        "preallocate_kv_cache": False,
         "max_num_seqs": 256,
         "max_num_batched_tokens": 1024,
         "max_num_partial_prefills": 8,
