@@ -111,8 +111,8 @@ class Shard:
         self._sums, self._attention = Counted(runner.group.tensor), Counted(runner.group.slice)
         forward: Callable[..., torch.Tensor] = runner.model.forward
 
-        def watched(batch: Any, *arguments: Any) -> torch.Tensor:
-            hidden = forward(batch, *arguments)
+        def watched(batch: Any, *arguments: Any, **others: Any) -> torch.Tensor:
+            hidden = forward(batch, *arguments, **others)
             for row, position in enumerate(batch.positions.tolist() if self.wanted else ()):
                 if position in self.wanted:
                     self.rows[position] = hidden[row].clone()

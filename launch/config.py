@@ -193,7 +193,7 @@ class EngineConfig:
     table_broadcast: str = setting(
         "auto",
         "choice",
-        "how steps and their table changes reach the ranks of a shard; auto is sockets on CPUs",
+        "how steps and their table changes reach the ranks of a shard; auto is shared memory on one host",
         choices=TABLE_BROADCASTS,
     )
 

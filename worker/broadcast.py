@@ -1,10 +1,10 @@
 """Broadcast: plans, and with them table changes, from a shard's leader to all its other ranks. Metadata only.
 
-    Star               a framed socket to each rank: the quickest between CPUs
+    Star               to each rank through shared memory where it is on the leader's host, or over a framed socket
     TorchBroadcast     torch.distributed's: a tree over gloo, or NCCL into memory of the device
 
 Both belong to one epoch. A rank waits in `receive` for as long as nobody asks the shard anything; what ends the epoch
-shuts the sockets beneath.
+breaks the memory and shuts the sockets beneath.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kernels.peers import PeersBroken
+from kernels.peers import PeersBroken, Ring
 from pagetable.frames import MAX_FRAME_BYTES, BadFrame, Kind, encode_frame
 from worker.channel import Channel
+from worker.segment import BY_SOCKET
 
 FIRST_BYTES = 16 << 10  # of a torch broadcast: a decode step of 256 sequences goes over in one
 IDLE_TIMEOUT = timedelta(days=3650)  # a rank may wait for a plan that long
@@ -39,25 +40,36 @@ class Broadcast(Protocol):
 
 
 class Star:
-    """Frames over the connections that the ranks have with their leader.
+    """Messages in memory, and frames over the connections that the ranks have with their leader.
 
     Args:
         channels: by the rank at the other end; others than the leader have one.
+        rings: the same, of those that share memory. What is too long for a ring goes over the connection.
     """
 
-    def __init__(self, channels: Mapping[int, Channel]) -> None:
-        self._channels = channels
+    def __init__(self, channels: Mapping[int, Channel], rings: Mapping[int, Ring]) -> None:
+        self._channels, self._rings = channels, rings
 
     def send(self, data: bytes) -> None:
-        frame = encode_frame(Kind.PLAN, data)
+        frame = b""
         for rank, channel in self._channels.items():
+            if (ring := self._rings.get(rank)) is not None:
+                if len(data) <= ring.capacity:
+                    ring.put(0, data)
+                    continue
+                ring.put(BY_SOCKET, b"")
+            frame = frame or encode_frame(Kind.PLAN, data)
             try:
                 channel.send_frame(frame)
             except OSError as error:
                 raise PeersBroken(f"rank {rank} does not take a plan ({error.strerror or error})") from error
 
     def receive(self) -> bytes:
-        (channel,) = self._channels.values()
+        ((leader, channel),) = self._channels.items()
+        if leader in self._rings:
+            tag, data = self._rings[leader].take()
+            if tag != BY_SOCKET:
+                return data
         try:
             kind, payload = channel.receive()
         except OSError as error:

@@ -4,7 +4,7 @@
                                        slice: the G ranks of the slice       queries, partial attention
                                        previous, next: the neighbour stages  hidden rows
                                        back: last stage to first             tokens that plans leave open
-                                       results: last stage to leader
+                                       plans, results: leader to all others, last stage to leader
        an error, a death --> abort --> every wait ends in PeersBroken --> close; the next Form makes the next Group
 
 Ranks of one host share memory, others meet in gloo; each group of ranks takes the one that all its members can, where
@@ -26,7 +26,7 @@ from worker.broadcast import IDLE_TIMEOUT, Broadcast, Star, TorchBroadcast
 from worker.channel import Channel
 from worker.gloo import GlooRing, World
 from worker.layout import Layout, Part
-from worker.segment import RESULT_BYTES, Plan, Sizes, open_segment, ring_slots
+from worker.segment import MESSAGE_BYTES, Plan, Sizes, open_segment, ring_slots
 from worker.ways import Ways
 
 
@@ -50,6 +50,8 @@ class Group:
         back: to receive on the first stage, to publish on the last; None elsewhere, and where plans leave nothing open.
         results: to take on the leader, to put on the first rank of the last of several stages, where the two share
             memory; None elsewhere.
+        plans: to put on the leader, by rank; to take on another, from rank 0; where that rank and this one share
+            memory.
     """
 
     def __init__(self, part: Part, sizes: Sizes, form: pb.Form, ways: Ways, *, owns_cores: bool = False) -> None:
@@ -61,6 +63,7 @@ class Group:
         self.next: Way | None = None
         self.back: Way | None = None
         self.results: Ring | None = None
+        self.plans: dict[int, Ring] = {}
         self._everybody: dist.ProcessGroup | None = None
         self._part, self._sizes, self._members, self._ways = part, sizes, form.members, ways
         self._owns_cores = owns_cores
@@ -100,13 +103,13 @@ class Group:
             channels: to the other ranks, by number, on the leader; to rank 0 on others.
         """
         if self._everybody is None:
-            return Star(channels)
+            return Star(channels, self.plans)
         return TorchBroadcast(self._everybody)
 
     def abort(self) -> None:
         """End every wait in this group, of all ranks whose memory this one maps. From any thread, at any time."""
         self._is_over = True
-        for each in (self.tensor, self.slice, self.previous, self.next, self.back, self.results):
+        for each in (self.tensor, self.slice, self.previous, self.next, self.back, self.results, *self.plans.values()):
             if each is not None:
                 each.abort()
         if self._world is not None:
@@ -117,6 +120,7 @@ class Group:
         self.abort()
         self.tensor = self.slice = self._everybody = None
         self.previous = self.next = self.back = self.results = None
+        self.plans = {}
         if self._world is not None:
             self._world.close()
         self._memory = None  # unmapped with the last tensor that looks into it
@@ -139,8 +143,11 @@ class Group:
             self.next = self._ring(part.rank, part.rank + layout.tensor)
         answering = layout.num_ranks - layout.tensor
         if part.rank in (0, answering) and answering and self._share_memory((0, answering)):
-            slots, offset = ring_slots(layout), self._plan.offset("results", 0)
-            self.results = Ring(self._map(), offset, slots, RESULT_BYTES)
+            self.results = self._messages("results", 0)
+        if self._ways.plans_in_memory:
+            for rank in range(1, layout.num_ranks) if part.rank == 0 else (part.rank,):
+                if self._share_memory((0, rank)):
+                    self.plans[rank if part.rank == 0 else 0] = self._messages("plans", rank)
         first, last = part.tensor_rank, part.tensor_rank + (layout.pipeline - 1) * layout.tensor
         if self._sizes.tokens and first != last and part.rank in (first, last):
             self.back = self._way(last, first, ("tokens", 0, part.tensor_rank), self._sizes.tokens)
@@ -157,6 +164,10 @@ class Group:
         if own not in ranks or group is None:
             return None
         return self._world.peers(group, own - ranks.start, len(ranks), capacity)
+
+    def _messages(self, kind: str, rank: int) -> Ring:
+        layout = self._part.layout
+        return Ring(self._map(), self._plan.offset(kind, 0, rank), ring_slots(layout), MESSAGE_BYTES)
 
     def _ring(self, sender: int, receiver: int) -> Way:
         place = ("ring", *divmod(sender, self._part.layout.tensor))

@@ -28,10 +28,10 @@ from worker.group import Group
 from worker.layout import Part
 from worker.page_reads import answer_read
 from worker.plan import Plan, StepResult
-from worker.ranks import BY_SOCKET, DIGEST_BYTES, Chain
+from worker.ranks import DIGEST_BYTES, Chain
 from worker.runner import Prepared, Runner
+from worker.segment import BY_SOCKET, Segment, Sizes, host_key
 from worker.segment import Plan as SegmentPlan
-from worker.segment import Segment, Sizes, host_key
 from worker.ways import Ways
 
 _log = logging.getLogger(__name__)

@@ -35,15 +35,14 @@ from worker.members import Members
 from worker.page_reads import refusal
 from worker.plan import Plan, StepResult
 from worker.runner import Runner
+from worker.segment import BY_SOCKET, Segment, Sizes, host_key
 from worker.segment import Plan as SegmentPlan
-from worker.segment import Segment, Sizes, host_key
 from worker.ways import Ways
 
 _log = logging.getLogger(__name__)
 
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.05, 2.0  # between tries to form
 DIGEST_BYTES = 8
-BY_SOCKET = -1  # instead of a result's number, in the ring: it is too long for that
 
 
 class Chain:
@@ -239,7 +238,7 @@ class Ranks:
             self._broadcast.send(self._chain.value + data)
         except PeersBroken as error:
             self._members.give_up(str(error))
-            self.check()
+        self.check()  # not within the handler: an EpochOver that somebody keeps would keep the ring's memory, too
         self.num_plan_bytes += (DIGEST_BYTES + len(data)) * (self.layout.num_ranks - 1)
         if self._overlaps:
             self._own.put(plan)
@@ -319,8 +318,8 @@ class Ranks:
     def _received(self) -> StepResult:
         assert self._group is not None
         if (ring := self._group.results) is not None:
-            number, payload = ring.take()
-            if number != BY_SOCKET:
+            tag, payload = ring.take()
+            if tag != BY_SOCKET:
                 return decode_result(payload)
         kind, payload = self._members.plans(self.layout.num_ranks - self.layout.tensor).receive()
         if kind is not Kind.RESULT:

@@ -152,7 +152,7 @@ class Runner:
             return self.model.forward(batch, self.cache)
         num_tokens, part = plan.num_tokens, model.part
         if group.previous is None:
-            out = None if group.next is None else self._rows(group.next.slot(), num_tokens, part.is_cut)
+            out = None if group.next is None else self._rows(group.next.slot(), num_tokens, part.is_cut, is_slot=True)
             hidden = model.forward(batch, self.cache, out=out, tensor=group.tensor, slice=group.slice)
         else:
             tag, message = group.previous.receive()
@@ -162,19 +162,22 @@ class Runner:
             hidden = self._rows(message, num_tokens, part.is_carrying)
             hidden = model.forward(batch, self.cache, hidden, tensor=group.tensor, slice=group.slice)
             if group.next is not None:
-                self._rows(group.next.slot(), num_tokens, part.is_cut).copy_(hidden)
+                self._rows(group.next.slot(), num_tokens, part.is_cut, is_slot=True).copy_(hidden)
         if group.next is not None:
             group.next.publish(plan.number, hidden.numel() * 4)
         return hidden
 
-    def _rows(self, message: torch.Tensor, num_tokens: int, is_cut: bool) -> torch.Tensor:
-        """float32 [tokens, hidden] at the front of what goes between two stages; two of them, [2, tokens, hidden],
-        where the one ends inside an MLP. A ring's few messages are the same objects again and again."""
+    def _rows(self, message: torch.Tensor, num_tokens: int, is_cut: bool, *, is_slot: bool = False) -> torch.Tensor:
+        """What goes between two stages, or the front of the slot for it: float32 [tokens, hidden]; two of them,
+        [2, tokens, hidden], where the one ends inside an MLP.
+
+        A ring's few messages are the same objects again and again.
+        """
         kept = self._views.get(id(message))
         if kept is not None and kept[0] is message and kept[1] == num_tokens:
             return kept[2]
         shape = (1 + is_cut, num_tokens, self.model.config.hidden_size)
-        view = message[: math.prod(shape) * 4].view(torch.float32).view(shape)
+        view = (message[: math.prod(shape) * 4] if is_slot else message).view(torch.float32).view(shape)
         view = view if is_cut else view[0]
         if len(self._views) >= _MOST_VIEWS:
             self._views.clear()

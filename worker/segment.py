@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from kernels.peers import Ring, SharedPeers
 from worker.layout import Layout
 
-RESULT_BYTES = 64 << 10  # of a result in shared memory; a longer one goes over the socket
+MESSAGE_BYTES = 64 << 10  # of a plan or a result in shared memory
+BY_SOCKET = -1  # the tag of an empty message there, where the plan or result is longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,9 @@ class Plan:
             for rank in range(layout.tensor if stage + 1 < layout.pipeline else 0):
                 self._take(("ring", stage, rank), Ring.num_bytes(ring_slots(layout), sizes.ring))
         if layout.pipeline > 1:
-            self._take(("results", 0, 0), Ring.num_bytes(ring_slots(layout), RESULT_BYTES))
+            self._take(("results", 0, 0), Ring.num_bytes(ring_slots(layout), MESSAGE_BYTES))
+        for rank in range(1, layout.num_ranks):
+            self._take(("plans", 0, rank), Ring.num_bytes(ring_slots(layout), MESSAGE_BYTES))
         for rank in range(layout.tensor if layout.pipeline > 1 and sizes.tokens else 0):
             self._take(("tokens", 0, rank), Ring.num_bytes(ring_slots(layout), sizes.tokens))
 
@@ -59,7 +62,7 @@ class Plan:
 
 
 def ring_slots(layout: Layout) -> int:
-    """Of a ring between stages: as many plans can be in flight, so nobody waits for a slot."""
+    """Of any ring: as many plans can be in flight, so nobody waits for a slot."""
     return layout.pipeline + 1
 
 

@@ -18,7 +18,7 @@ class Ways:
         collectives: of hidden rows, sums and partial attention. "auto": shared memory between ranks of one host, gloo
             between hosts; "gloo": everywhere.
         table_broadcast: of plans, and with them of table changes. "sockets": one to each rank; "torch":
-            torch.distributed; "auto" is sockets on CPUs.
+            torch.distributed; "auto": shared memory to the ranks of the leader's host, sockets to others.
 
     Errors: ConfigError where a value is none of those.
     """
@@ -34,6 +34,11 @@ class Ways:
     @property
     def plans_by_torch(self) -> bool:
         return self.table_broadcast == "torch"
+
+    @property
+    def plans_in_memory(self) -> bool:
+        """To ranks that share memory with the leader."""
+        return self.table_broadcast == "auto"
 
     @property
     def shares_memory(self) -> bool:

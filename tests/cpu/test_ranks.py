@@ -29,7 +29,7 @@ from worker.model_config import ModelConfig
 from worker.plan import Plan, StepResult
 from worker.rank import Rank
 from worker.ranks import Ranks
-from worker.segment import RESULT_BYTES, Segment, open_segment
+from worker.segment import MESSAGE_BYTES, Segment, open_segment
 from worker.segment import Plan as SegmentPlan
 from worker.ways import Ways
 
@@ -86,6 +86,17 @@ def test_a_rank_whose_step_raises_ends_the_epoch_by_its_name_and_the_plan_and_al
         assert all(rank.is_alive() for _, rank in it.followers.values())  # the same ones: nothing was started anew
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_plans_of_any_length_come_in_their_turn(layout: Layout, small: ModelConfig) -> None:
+    with threads(small, layout) as it:
+        it.ranks.begin(1)
+        for number in range(9):
+            length = number % 3 * MESSAGE_BYTES // 8  # of int32: within a ring, and beyond it
+            it.ranks.send(Plan(PlanNumber(number), tokens=array("i", range(length))))
+            assert it.ranks.receive().tokens[0] == it.expected(number)
+        assert all(runner.seen == list(range(9)) for runner in it.runners)
+
+
 def test_plans_that_sockets_cannot_hold_go_out_while_those_before_run(small: ModelConfig) -> None:
     """A later stage reads no plan while it works on one, for which it waits for the stages before it."""
     with threads(small, Layout(1, 3)) as it:
@@ -104,7 +115,7 @@ def test_a_result_of_any_length_comes_in_its_turn(layout: Layout, small: ModelCo
         def explain(plan: Plan) -> StepResult | None:
             result = run(plan)
             assert result is not None
-            result.failed = {0: "x" * (plan.number % 3 * RESULT_BYTES // 2)}
+            result.failed = {0: "x" * (plan.number % 3 * MESSAGE_BYTES // 2)}
             return result
 
         last.run = explain  # type: ignore[method-assign]
@@ -116,7 +127,7 @@ def test_a_result_of_any_length_comes_in_its_turn(layout: Layout, small: ModelCo
             for number in numbers:
                 found = it.ranks.receive()
                 assert (found.number, found.tokens[0]) == (number, it.expected(number))
-                assert len(found.failed[0]) == number % 3 * RESULT_BYTES // 2
+                assert len(found.failed[0]) == number % 3 * MESSAGE_BYTES // 2
 
 
 def test_a_result_that_is_none_of_ours_ends_the_epoch(small: ModelConfig) -> None:
@@ -430,7 +441,7 @@ def test_parts_of_a_segment_do_not_overlap(small: ModelConfig) -> None:
         plan = SegmentPlan(layout, SIZES)
         places = sorted(plan._offsets.values())
         num_groups = layout.pipeline * ((layout.tensor > 1) + (layout.num_slices if layout.page > 1 else 0))
-        num_rings = (layout.pipeline - 1) * layout.tensor + (layout.pipeline > 1)
+        num_rings = (layout.pipeline - 1) * layout.tensor + (layout.pipeline > 1) + layout.num_ranks - 1
         assert len(places) == len(set(places)) == num_groups + num_rings
         memory = open_segment((segment := Segment(plan.num_bytes)).path, plan.num_bytes)
         marks = torch.frombuffer(memory, dtype=torch.uint8)
