@@ -33,7 +33,7 @@ def main() -> int:
     for module in modules:
         kernels = far.reached(module.kernels())
         module.kernels = lambda kernels=kernels: kernels  # type: ignore[attr-defined]
-    Runner.carry_out = Runner.carry_out.__wrapped__  # type: ignore[attr-defined, method-assign]  # wrappers know no inference mode
+    Runner.carry_out = Runner._carry_out  # type: ignore[method-assign]  # wrappers know no inference mode
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as name:
         folder = make_model(Path(name), seed=6)
