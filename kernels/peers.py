@@ -310,7 +310,7 @@ class Ring:
 
     def _await(self, count: int, least: int) -> None:
         if self._library.quire_count_await(count, least % _COUNTS):
-            raise PeersBroken("the ring between two stages is broken: a rank failed or was stopped")
+            raise PeersBroken("the ring between two ranks is broken: a rank failed or was stopped")
 
 
 def _whole(num_bytes: int, unit: int) -> int:

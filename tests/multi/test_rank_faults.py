@@ -67,24 +67,26 @@ async def disturbed(it: Running, pid: int, number: signal.Signals, expected: lis
     await it.comes_to_rest()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_streams_outlive_each_rank(model: str, layout: dict[str, Any], expected: list[list[int]]) -> None:
-    # that a rank is silent takes seconds to see, whatever it does: test_ways.py has stopped ranks of the other kinds
-    numbers = [signal.SIGKILL, signal.SIGSTOP] if layout in (T2, P2) else [signal.SIGKILL]
+@pytest.mark.parametrize("names", [("T2", "P2"), ("T2G2", "T2 by torch"), ("T2 ahead", "P2 ahead")], ids=" and ".join)
+def test_streams_outlive_each_rank(model: str, names: tuple[str, str], expected: list[list[int]]) -> None:
+    """Of two services at a time, since most of this is waiting until a silent rank is given up."""
 
-    async def scenario() -> None:
+    async def scenario(layout: dict[str, Any]) -> None:
         async with running(model, **layout) as it:
             for victim in (1, 0):
-                for number in numbers:
+                for number in (signal.SIGKILL, signal.SIGSTOP):
                     pids = [it.worker(0, rank) for rank in range(2)]
                     await disturbed(it, pids[victim], number, expected)
                     survivor = 1 - victim
                     assert it.worker(0, survivor) == pids[survivor]  # and with it its weights
                     assert it.worker(0, victim) != pids[victim]
-            assert sum("rank 1 of shard 0 ended by signal 9" in note for note in it.notes) == len(numbers)
-            assert sum("the worker of shard 0 ended by signal 9" in note for note in it.notes) == len(numbers)
+            assert sum("rank 1 of shard 0 ended by signal 9" in note for note in it.notes) == 2
+            assert sum("the worker of shard 0 ended by signal 9" in note for note in it.notes) == 2
 
-    run(scenario())
+    async def both() -> None:
+        await asyncio.gather(*(scenario(LAYOUTS[name]) for name in names))
+
+    run(both())
 
 
 def test_the_other_shard_goes_on_while_one_has_lost_a_rank(model: str, expected: list[list[int]]) -> None:

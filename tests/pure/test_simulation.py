@@ -48,13 +48,11 @@ def test_so_it_is_over_groups_and_stages(groups: int, depth: int) -> None:
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_so_it_is_with_plans_made_before_their_tokens_are_known(groups: int, depth: int) -> None:
     tokens = preemptions = filled = 0
-    for seed in range(30 if depth == 1 else 8):
+    for seed in range(30 if depth == 1 else 12):
         simulation = Simulation(5000 + 1000 * depth + 100 * groups + seed, depth, groups, async_scheduling=True)
         finish(simulation)
         tokens += simulation.num_tokens
         preemptions += simulation.scheduler.num_preemptions
         filled += simulation.device.num_filled
-    if depth == 1:
-        assert preemptions > 0 and filled > tokens / 2 > 1000
-    else:  # where there are fewer sequences than stages nothing is left open
-        assert preemptions > 0 and filled > tokens / 12 > 50
+    share = {1: 2, 2: 5, 3: 5}[depth]  # where there are fewer sequences than stages nothing is left open
+    assert preemptions > 0 and filled > tokens / share and tokens > (2000 if depth == 1 else 800)
