@@ -21,7 +21,7 @@ SOURCES = Path("kernels/csrc")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-strict-aliasing", "-fno-math-errno"]
 AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"]
 LEVELS = {"level_plain": [], "level_avx2": ["-mavx2", "-mfma", "-mf16c"], "level_avx512": AVX512}
-COMMON = ["plan", "attend", "pages", "probe", "team", "peers", "step", "tables"]
+COMMON = ["plan", "attend", "pages", "probe", "team", "peers", "step", "tables", "rank"]
 
 
 class BuildNative(build_ext):

@@ -248,7 +248,11 @@ class _Found:
 
 
 class NativeDecoder:
-    """Packed weights, a team of threads and the working memory of steps. One caller at a time."""
+    """Packed weights, a team of threads and the working memory of steps. One caller at a time.
+
+    Attributes:
+        model, engine: what native code gets.
+    """
 
     def __init__(
         self,
@@ -273,13 +277,13 @@ class NativeDecoder:
             deterministic: sum every row in one order, whatever the batch, the chunk and the number of threads.
         """
         library = cpu.library(_SIGNATURES)
-        self._library, self._shape, self._dtype, self._threads = library, shape, dtype, threads
-        self._deterministic = deterministic
+        self._library, self.shape, self._dtype, self._threads = library, shape, dtype, threads
+        self.deterministic = deterministic
         self._keep: list[object] = []
         self._layers: list[_Layer] = []
         self._message = ctypes.create_string_buffer(cpu.MESSAGE_BYTES)
         self._found = _Found(0)
-        self._model = _Model(
+        self.model = _Model(
             norm=self._pointer(norm),
             embedding=self._pointer(embedding),
             frequencies=self._pointer(frequencies),
@@ -295,18 +299,18 @@ class NativeDecoder:
             eps=shape.eps,
             rotary_factor=shape.rotary_factor,
         )
-        self._engine = library.quire_engine_new(threads)
-        if not self._engine:
+        self.engine = library.quire_engine_new(threads)
+        if not self.engine:
             raise MemoryError(f"no {threads} threads for the decoder")
 
     def __del__(self) -> None:
-        if getattr(self, "_engine", None):
-            self._library.quire_engine_free(self._engine)
-            self._engine = None
+        if getattr(self, "engine", None):
+            self._library.quire_engine_free(self.engine)
+            self.engine = None
 
     def set_carried(self, mlp: MlpRows) -> None:
         """Pack the units that the stage before left of its last layer's MLP; they come before the first layer."""
-        self._model.carried = _Mlp(self._pointer(mlp.norm), *self._pack((mlp.gate_up, mlp.down)))
+        self.model.carried = _Mlp(self._pointer(mlp.norm), *self._pack((mlp.gate_up, mlp.down)))
 
     def add_layer(self, layer: LayerRows) -> None:
         """Pack a layer; its plain weights are not needed afterwards."""
@@ -317,15 +321,22 @@ class NativeDecoder:
                 qkv,
                 o,
                 _Mlp(self._pointer(layer.mlp.norm), gate_up, down),
-                self._shape.windows.index(layer.window),
+                self.shape.windows.index(layer.window),
             )
         )
         layers = (_Layer * len(self._layers))(*self._layers)
-        self._model.layers, self._model.num_layers = layers, len(layers)
+        self.model.layers, self.model.num_layers = layers, len(layers)
 
     def set_head(self, head: Rows) -> None:
         """Pack the head: the vocabulary, or a rank's rows of it."""
-        (self._model.head,) = self._pack((head,))
+        (self.model.head,) = self._pack((head,))
+
+    def first_weights(self, most: int) -> tuple[int, int]:
+        """Where the weights lie that a step reads first, and for how many bytes, `most` at most, thread 0 goes on."""
+        layer, carried = self._layers[0], self.model.carried
+        matrices = [carried.gate_up, carried.down] if carried.norm else [layer.qkv, layer.o, layer.mlp.gate_up]
+        sizes = [-(-each.columns // PANEL) * PANEL * each.depth * 4 for each in matrices]  # one behind the other
+        return matrices[0].packed, min(most, sum(sizes) if self._threads == 1 else sizes[0] // self._threads)
 
     def forward(
         self,
@@ -366,10 +377,10 @@ class NativeDecoder:
                 written or exchanged then.
             PeersBroken: an exchange failed; this step's K and V may be there or not.
         """
-        shape, num_tokens = self._shape, len(tokens)
-        is_carried, is_cut = self._model.carried.norm is not None, shape.is_cut
+        shape, num_tokens = self.shape, len(tokens)
+        is_carried, is_cut = self.model.carried.norm is not None, shape.is_cut
         if hidden is None:
-            if self._model.embedding is None:
+            if self.model.embedding is None:
                 raise ValueError("hidden: got none, must be given where there is no embedding (a later stage)")
             if out is None:
                 out = torch.empty(self._rows(num_tokens, is_cut), dtype=torch.float32)
@@ -405,12 +416,12 @@ class NativeDecoder:
                 *(pool.data_ptr(), stream.data_ptr(), partial if is_carried else 0, partial if is_cut else 0),
                 *(pool.stride(0) * size, pool.stride(1) * size, pool.shape[1], pool.shape[4]),
                 *(num_tokens, len(query_start) - 1, count),
-                *(self._deterministic, pool.dtype == torch.int8),
+                *(self.deterministic, pool.dtype == torch.int8),
                 *(_address_of(tensor), _address_of(slice)),
             ),
         )
         message = self._message
-        code = self._library.quire_forward(self._engine, self._model, step.buffer_info()[0], message, cpu.MESSAGE_BYTES)
+        code = self._library.quire_forward(self.engine, self.model, step.buffer_info()[0], message, cpu.MESSAGE_BYTES)
         if code == _BROKEN:
             raise next(each.broken() for each in (tensor, slice) if each is not None and each.is_broken)
         cpu.raise_for(code, message)
@@ -421,15 +432,15 @@ class NativeDecoder:
 
         Raises: ValueError: a row that is not there, or a stage that has no head; MemoryError.
         """
-        if self._model.norm is None or not self._model.head.packed:
+        if self.model.norm is None or not self.model.head.packed:
             raise ValueError("head: this decoder has no norm and head; the last stage has them")
         count = len(rows)
         if count > len(self._found.tokens):
             self._found = _Found(count)
         found = self._found
-        out = torch.empty((count, self._model.head.columns), dtype=torch.float32) if logits else None
+        out = torch.empty((count, self.model.head.columns), dtype=torch.float32) if logits else None
         where = (hidden.data_ptr(), len(hidden), rows.ctypes.data, count, None if out is None else out.data_ptr())
-        code = self._library.quire_head(self._engine, self._model, *where, *found.addresses)
+        code = self._library.quire_head(self.engine, self.model, *where, *found.addresses)
         if code == 1:
             raise ValueError(f"rows: got {rows.min()} to {rows.max()}, must be from 0 to {len(hidden) - 1}")
         if code:
@@ -438,11 +449,11 @@ class NativeDecoder:
 
     def choose(self, rows: torch.Tensor, choices: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
         """`choose` on this decoder's threads."""
-        return _choose(self._library, self._engine, self._model.level, rows, choices)
+        return _choose(self._library, self.engine, self.model.level, rows, choices)
 
     def _rows(self, tokens: int, is_cut: bool) -> tuple[int, ...]:
         """The shape of what one stage hands to the next."""
-        rows = (tokens, self._shape.hidden)
+        rows = (tokens, self.shape.hidden)
         return (2, *rows) if is_cut else rows
 
     def _pointer(self, tensor: torch.Tensor | None) -> int | None:

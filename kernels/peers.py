@@ -56,12 +56,23 @@ class _Member(ctypes.Structure):
     _fields_ = [("meeting", _ADDRESS), ("size", _INT)]
 
 
+class RingStruct(ctypes.Structure):
+    """`quire::Ring` in csrc/peers.h."""
+
+    _fields_ = [
+        *((name, _ADDRESS) for name in ("published", "released", "slots")),
+        *((name, _INT) for name in ("stride", "num_slots", "capacity", "sent", "done")),
+        ("ahead", _ADDRESS),
+        ("ahead_bytes", _INT),
+    ]
+
+
 _EXCHANGE = ctypes.CFUNCTYPE(_INT, _ADDRESS, _INT, _INT, _ADDRESS)
 _SIGNATURES = {
     "quire_exchange": (_INT, ctypes.POINTER(PeersStruct), _INT),
     "quire_shared_exchange": (_INT, _ADDRESS, _INT, _INT, _ADDRESS),
     "quire_best_of_ranks": (_INT, ctypes.POINTER(PeersStruct), _INT, *(_ADDRESS,) * 3),
-    "quire_count_await": (_INT, _ADDRESS, ctypes.c_uint32),
+    "quire_count_await": (_INT, _ADDRESS, ctypes.c_uint32, _ADDRESS),
     "quire_count_advance": (None, _ADDRESS),
     "quire_count_fail": (None, _ADDRESS),
     "quire_count_is_broken": (_INT, _ADDRESS),
@@ -216,6 +227,9 @@ class Ring:
     """Messages from one producer to one consumer through slots in shared memory, in order.
 
     Two lines of counts, then for each slot a line (tag, bytes) and the message.
+
+    Attributes:
+        struct: what native code gets; it counts the messages for both.
     """
 
     def __init__(self, memory: Memory, offset: int, slots: int, capacity: int) -> None:
@@ -239,18 +253,24 @@ class Ring:
         self._messages = [each[LINE : LINE + capacity] for each in places]
         self._bytes = [memoryview(each.numpy()) for each in self._messages]
         self._received = [(0, each[:0]) for each in self._messages]  # bytes and message, the last one of each slot
-        self._sent = 0  # by this producer
-        self._done = 0  # by this consumer
+        first = self._released + LINE
+        self.struct = RingStruct(self._published, self._released, first, size, slots, capacity)
+        self._ahead = ctypes.addressof(self.struct) + RingStruct.ahead.offset
 
     @staticmethod
     def num_bytes(slots: int, capacity: int) -> int:
         """Bytes of a ring in shared memory."""
         return 2 * LINE + slots * (LINE + _whole(capacity, LINE))
 
+    def read_ahead(self, address: int, num_bytes: int) -> None:
+        """What the consumer reads behind a message: asked for while it waits. Only where its cores are its own."""
+        self.struct.ahead, self.struct.ahead_bytes = address, num_bytes
+
     def slot(self) -> torch.Tensor:
         """uint8 [capacity], the next message to fill, until `publish`; waits while all slots are under way."""
-        self._await(self._released, self._sent + 1 - self.slots)
-        return self._messages[self._sent % self.slots]
+        sent = self.struct.sent
+        self._await(self._released, sent + 1 - self.slots)
+        return self._messages[sent % self.slots]
 
     def publish(self, tag: int, num_bytes: int) -> None:
         """Send what `slot` gave.
@@ -260,15 +280,18 @@ class Ring:
             num_bytes: of the message.
         """
         self._check(num_bytes)
-        head = self._heads[self._sent % self.slots]
+        struct = self.struct
+        sent = struct.sent
+        head = self._heads[sent % self.slots]
         head[0], head[1] = tag, num_bytes
-        self._sent += 1
+        struct.sent = sent + 1
         self._library.quire_count_advance(self._published)
 
     def receive(self) -> tuple[int, torch.Tensor]:
         """The oldest message that is not released: its tag, and its bytes (uint8) where they lie; waits for one."""
-        self._await(self._published, self._done + 1)
-        index = self._done % self.slots
+        done = self.struct.done
+        self._await(self._published, done + 1, self._ahead)
+        index = done % self.slots
         tag, num_bytes = self._heads[index]
         if self._received[index][0] != num_bytes:
             self._received[index] = (num_bytes, self._messages[index][:num_bytes])
@@ -276,20 +299,22 @@ class Ring:
 
     def release(self) -> None:
         """Give back the slot of the message that `receive` gave, which may not be read any more."""
-        self._done += 1
+        self.struct.done += 1
         self._library.quire_count_advance(self._released)
 
     def put(self, tag: int, data: bytes) -> None:
         """`slot` and `publish` of a few bytes."""
         self._check(len(data))
-        self._await(self._released, self._sent + 1 - self.slots)
-        self._bytes[self._sent % self.slots][: len(data)] = data
+        sent = self.struct.sent
+        self._await(self._released, sent + 1 - self.slots)
+        self._bytes[sent % self.slots][: len(data)] = data
         self.publish(tag, len(data))
 
     def take(self) -> tuple[int, bytes]:
         """`receive` and `release` of a few bytes."""
-        self._await(self._published, self._done + 1)
-        index = self._done % self.slots
+        done = self.struct.done
+        self._await(self._published, done + 1, self._ahead)
+        index = done % self.slots
         tag, num_bytes = self._heads[index]
         data = bytes(self._bytes[index][:num_bytes])
         self.release()
@@ -300,6 +325,11 @@ class Ring:
         for count in (self._published, self._released):
             self._library.quire_count_fail(count)
 
+    @staticmethod
+    def broken() -> PeersBroken:
+        """The error of a broken ring."""
+        return PeersBroken("the ring between two ranks is broken: a rank failed or was stopped")
+
     @property
     def is_broken(self) -> bool:
         return bool(self._library.quire_count_is_broken(self._published))
@@ -308,9 +338,9 @@ class Ring:
         if not 0 <= num_bytes <= self.capacity:
             raise ValueError(f"num_bytes: got {num_bytes}, must be from 0 to the slot's {self.capacity}")
 
-    def _await(self, count: int, least: int) -> None:
-        if self._library.quire_count_await(count, least % _COUNTS):
-            raise PeersBroken("the ring between two ranks is broken: a rank failed or was stopped")
+    def _await(self, count: int, least: int, ahead: int | None = None) -> None:
+        if self._library.quire_count_await(count, least % _COUNTS, ahead):
+            raise self.broken()
 
 
 def _whole(num_bytes: int, unit: int) -> int:

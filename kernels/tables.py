@@ -38,7 +38,11 @@ Rows: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, 
 
 
 class NativeTables:
-    """Native calls on one table. Nobody may change a plan's arrays, or the table, while a call has them."""
+    """Native calls on one table. Nobody may change a plan's arrays, or the table, while a call has them.
+
+    Attributes:
+        address: of what native code gets.
+    """
 
     def __init__(self, tables: npt.NDArray[np.int32], block_size: int, group: int | None) -> None:
         """
@@ -50,7 +54,7 @@ class NativeTables:
         self._library = cpu.library(_SIGNATURES, keeps_lock=True)
         self._tables = tables
         self._struct = _Tables(tables.ctypes.data, *tables.shape, block_size, -1 if group is None else group)
-        self._at = ctypes.addressof(self._struct)
+        self.address = ctypes.addressof(self._struct)
 
     def change(self, slot: array[int], index: array[int], block: array[int], group: array[int] | None) -> bool:
         """tables[slot, index] = block, or -1 where `group` is given and names another.
@@ -61,7 +65,7 @@ class NativeTables:
         if len(index) != count or len(block) != count or (group is not None and len(group) != count):
             return False
         arrays = (_address(slot), _address(index), _address(block), None if group is None else _address(group))
-        return not self._library.quire_tables_change(self._at, *arrays, count)
+        return not self._library.quire_tables_change(self.address, *arrays, count)
 
     def rows(
         self,
@@ -77,7 +81,7 @@ class NativeTables:
             return None
         inputs = (_address(slots), _address(query_start), _address(first_position), _address(tokens))
         rows = array("q", (*inputs, num_rows, num_tokens))
-        what, library = (self._at, _address(rows)), self._library
+        what, library = (self.address, _address(rows)), self._library
         # Tensors of their own, each named: parts of one, or loops, cost more in caches that a step has left cold.
         empty, int32, int64 = torch.empty, torch.int32, torch.int64
         ids, positions = empty(num_tokens, dtype=int64), empty(num_tokens, dtype=int64)

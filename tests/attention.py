@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from itertools import permutations
 
 import torch
 
@@ -89,6 +90,15 @@ def make(rng: random.Random, shape: Shape, window: int = 0, sinks: int = 0) -> C
     q = torch.randn(query_start[-1], shape.q_heads, shape.head_dim).to(shape.dtype)
     mask = Mask(ints([old for _, old in shape.rows]), window, sinks)
     return Case(q, ints(query_start), pools, layer, pages, mask)
+
+
+def check_that_nan_stays(level: str) -> None:
+    """Of one part, whatever comes before and behind it: a part without keys as little as one with them."""
+    orders = list(permutations((torch.nan, -torch.inf, 2.0, 3.0)))
+    lses = torch.tensor(orders).T.reshape(4, len(orders), 1).contiguous()
+    outs = torch.where(lses.isnan(), torch.nan, 1.0)[..., None].expand(-1, -1, -1, 3).contiguous()
+    out, lse = ops.merge(outs, lses, backend=ops.pick(level))
+    assert out.isnan().all() and lse.isnan().all()
 
 
 def check(case: Case, level: str) -> None:

@@ -21,13 +21,17 @@ if "worker" in sys.orig_argv:
             load = spec.loader.exec_module
             def exec_module(module):
                 load(module)
-                carry_out = module.Runner.carry_out
-                def planted(self, prepared):
-                    plan = prepared.plan
+                carry_out, run_plain = module.Runner.carry_out, module.Runner._run_plain
+                def act(self, plan):
                     if {where}:
                         {act}
+                def planted(self, prepared):
+                    act(self, prepared.plan)
                     return carry_out(self, prepared)
-                module.Runner.carry_out = planted
+                def planted_plain(self, plain, data):
+                    act(self, module.decode_plan(data))
+                    return run_plain(self, plain, data)
+                module.Runner.carry_out, module.Runner._run_plain = planted, planted_plain
             spec.loader.exec_module = exec_module
             return spec
     sys.meta_path.insert(0, Finder())
@@ -35,7 +39,7 @@ if "worker" in sys.orig_argv:
 
 
 def plant(folder: Path, monkeypatch: pytest.MonkeyPatch, where: str, act: str) -> None:
-    """Run `act` before each plan for which `where` holds.
+    """Run `act` before each plan for which `where` holds; where that plan turns out not to be plain, once more.
 
     Args:
         folder: for a `sitecustomize.py`, which comes first on the path of processes that are started.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pagetable.ids import PlanNumber
+from worker.codec import decode_plan
 from worker.group import Group
 from worker.layout import Layout, Part
 from worker.model_config import ModelConfig
@@ -71,13 +72,10 @@ class Recorder:
         self.group = group
         self.resets.append(None if group is None else group.epoch)
 
-    def prepare(self, plan: Plan) -> Plan:
-        return plan
+    def run_encoded(self, data: bytes) -> StepResult | None:
+        return self.run(decode_plan(data))
 
-    def carry_out(self, plan: Plan) -> StepResult | None:
-        return self.run(plan)
-
-    def run(self, plan: Plan) -> StepResult | None:
+    def run(self, plan: Plan, data: bytes = b"") -> StepResult | None:
         """Rank r of a stage gives r + 1 + the plan's number; stages add theirs up. The last one's sum is the token."""
         self.seen.append(plan.number)
         self.act(self, plan)

@@ -5,7 +5,8 @@
     result    number (8) | how many tokens, logprobs, scores, failures (4 each) | tokens, int32 | the others, each ...
 
 Little-endian throughout. A reader checks every length against what is there: bytes that end early or late, or that no
-encoder made, are a BadFrame. The format is private to one version: all ranks of a shard run the same.
+encoder made, are a BadFrame. The format is private to one version: all ranks of a shard run the same. Native code reads
+plans, too (kernels/csrc/rank.cpp).
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ _ARRAYS = (
 _BY_COLUMN = ("table_blocks", "copy_sources", "copy_targets")
 _arrays_of, _columns_of = attrgetter(*_ARRAYS), attrgetter(*_BY_COLUMN)
 _COUNT = struct.Struct("<I")
+_NUMBER = struct.Struct("<Q")
 _RESULT = struct.Struct("<Q4I")
 _PLAN = struct.Struct(f"<Q{len(_ARRAYS) + len(_BY_COLUMN) + 1}I")
 _ADMIT = struct.Struct("<iQii")
@@ -158,6 +160,11 @@ def decode_plan(data: bytes) -> Plan:
         plan.admits.append(Admit(slot, SequenceId(sequence), sample_index, params, prompt_length, tokens, eos))
     read.end()
     return plan
+
+
+def plan_number(data: bytes) -> PlanNumber:
+    """Of an encoded plan, which may yet be none. Raises BadFrame."""
+    return PlanNumber(Reader(data).unpack(_NUMBER)[0])
 
 
 def _encode_params(params: SamplingParams) -> bytes:

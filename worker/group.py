@@ -45,6 +45,7 @@ class Group:
 
     Attributes:
         epoch: of which this group is the one life.
+        owns_cores: this rank's threads run on no core of another's, as given.
         tensor, slice: None where the rank would be alone.
         previous, next: None on the first and the last stage.
         back: to receive on the first stage, to publish on the last; None elsewhere, and where plans leave nothing open.
@@ -55,7 +56,6 @@ class Group:
     """
 
     def __init__(self, part: Part, sizes: Sizes, form: pb.Form, ways: Ways, *, owns_cores: bool = False) -> None:
-        """Args: owns_cores: this rank's threads run on no core of another's."""
         self.epoch = int(form.epoch)
         self.tensor: Peers | None = None
         self.slice: Peers | None = None
@@ -66,7 +66,7 @@ class Group:
         self.plans: dict[int, Ring] = {}
         self._everybody: dist.ProcessGroup | None = None
         self._part, self._sizes, self._members, self._ways = part, sizes, form.members, ways
-        self._owns_cores = owns_cores
+        self.owns_cores = owns_cores
         self._store = form.store
         self._plan = Plan(part.layout, sizes)
         self._memory: mmap.mmap | None = None
@@ -86,7 +86,7 @@ class Group:
         self._form(layout)
         for each in (self.tensor, self.slice):
             if each is not None:
-                each.struct.reads_ahead = self._owns_cores
+                each.struct.reads_ahead = self.owns_cores
         if self._ways.plans_by_torch:
             assert self._world is not None
             self._everybody = self._world.group(range(layout.num_ranks), IDLE_TIMEOUT)

@@ -28,6 +28,7 @@ class NativeModel:
 
     Attributes:
         windows: the different sliding windows of the part's layers; 0 is full attention.
+        decoder: its weights.
     """
 
     def __init__(
@@ -74,17 +75,17 @@ class NativeModel:
             is_cut=part.is_cut,
         )
         norm = reader.take("model.norm.weight").to(torch.float32) if part.is_last else None
-        self._decoder = NativeDecoder(
+        self.decoder = NativeDecoder(
             shape, dtype, embedding, norm, frequencies, backend, threads, deterministic=deterministic
         )
         if part.is_carrying:
-            self._decoder.set_carried(_LayerReader(config, reader, part.layers.start - 1).mlp())
+            self.decoder.set_carried(_LayerReader(config, reader, part.layers.start - 1).mlp())
             weights.release()
         for layer in part.layers:
-            self._decoder.add_layer(_LayerReader(config, reader, layer).rows())
+            self.decoder.add_layer(_LayerReader(config, reader, layer).rows())
             weights.release()
         if part.is_last:
-            self._decoder.set_head(Rows.beside((_head(config, part, reader, embedding),), (None,)))
+            self.decoder.set_head(Rows.beside((_head(config, part, reader, embedding),), (None,)))
             weights.release()
 
     def forward(
@@ -99,19 +100,19 @@ class NativeModel:
     ) -> torch.Tensor:
         """See `Decoder.forward`; the residual stream is float32. `NativeDecoder.forward` says what a part needs."""
         where = (batch.slots, batch.query_start, cache.pool, batch.pages, batch.masks)
-        return self._decoder.forward(
+        return self.decoder.forward(
             batch.tokens, batch.positions, *where, hidden=hidden, out=out, tensor=tensor, slice=slice
         )
 
     def head(self, hidden: torch.Tensor, rows: npt.NDArray[np.int64], *, logits: bool) -> Head:
         """See `Decoder.head`; of the part's rows of the vocabulary, `part.vocab`: only `tokens` count in all of it."""
-        head = self._decoder.head(hidden, rows, logits=logits)
+        head = self.decoder.head(hidden, rows, logits=logits)
         first = self.part.vocab.start
         return replace(head, tokens=head.tokens + np.int32(first)) if first else head
 
     def choose(self, rows: torch.Tensor, shape: Shape) -> npt.NDArray[np.int64]:
         """See `draw.choose`."""
-        return self._decoder.choose(rows, choices_of(shape))
+        return self.decoder.choose(rows, choices_of(shape))
 
 
 def choices_of(shape: Shape) -> npt.NDArray[np.void]:

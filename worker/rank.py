@@ -13,23 +13,22 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from google.protobuf.message import DecodeError
 
 from kernels.peers import PeersBroken, Ring
 from pagetable.frames import BadFrame, Kind
 from quire_pb.worker.v1 import worker_pb2 as pb
-from worker.broadcast import Broadcast
 from worker.channel import Channel
-from worker.codec import decode_plan, encode_result
+from worker.codec import encode_result, plan_number
 from worker.cores import Cores
 from worker.group import Group
 from worker.layout import Part
 from worker.page_reads import answer_read
-from worker.plan import Plan, StepResult
+from worker.plan import StepResult
 from worker.ranks import DIGEST_BYTES, Chain
-from worker.runner import Prepared, Runner
+from worker.runner import Runner
 from worker.segment import BY_SOCKET, Segment, Sizes, host_key
 from worker.segment import Plan as SegmentPlan
 from worker.ways import Ways
@@ -38,10 +37,6 @@ _log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.1
 LEADER_SECONDS = 10.0  # without a ping, which come every second: its host is gone, or it is stopped and will be ended
-
-
-class _NotPrepared(Exception):
-    """Of a plan, whose name is the text; the cause says why."""
 
 
 class Rank:
@@ -148,28 +143,18 @@ class Rank:
         group.form()
         self._runner.reset(group)
         self._say(Kind.FORMED, pb.Formed(epoch=form.epoch, rank=self._part.rank))
-        for plan, prepared in self._take(group.make_broadcast({0: plans})):
-            self._doing = f"plan {plan.number}"
-            self._began = time.monotonic()
-            result = self._runner.carry_out(prepared)
-            self._began, self._steps = 0.0, self._steps + 1
-            if result is not None:
-                self._answer(group.results, plans, result)
-
-    def _take(self, broadcast: Broadcast) -> Iterator[tuple[Plan, Prepared]]:
-        """The epoch's plans as they come, ready to be carried out; ends with an error."""
-        chain = Chain()
+        broadcast, chain = group.make_broadcast({0: plans}), Chain()
         while True:
             payload = broadcast.receive()
             if payload[:DIGEST_BYTES] != chain.value:
                 raise BadFrame("the plans before this one are not those that the leader sent")
             data = payload[DIGEST_BYTES:]
-            plan = decode_plan(data)
-            try:
-                prepared = self._runner.prepare(plan)
-            except Exception as error:
-                raise _NotPrepared(f"plan {plan.number}") from error
-            yield plan, prepared
+            self._doing = f"plan {plan_number(data)}"
+            self._began = time.monotonic()
+            result = self._runner.run_encoded(data)
+            self._began, self._steps = 0.0, self._steps + 1
+            if result is not None:
+                self._answer(group.results, plans, result)
             chain.add(data)  # not before: the others wait for this rank's step
 
     def _answer(self, ring: Ring | None, plans: Channel, result: StepResult) -> None:
@@ -290,8 +275,6 @@ class Rank:
 
 
 def _failure(doing: str, error: BaseException) -> str:
-    if isinstance(error, _NotPrepared) and error.__cause__ is not None:
-        doing, error = str(error), error.__cause__
     text = str(error).partition("\n")[0]
     return f"{doing} failed ({type(error).__name__}{f': {text}' if text else ''})"
 

@@ -243,7 +243,7 @@ class Ranks:
         if self._overlaps:
             self._own.put(plan)
         else:
-            self._do_own_part(plan, self._found)
+            self._do_own_part(plan, self._found, data)
         self._chain.add(data)  # not before: the others have the plan already
 
     def receive(self) -> StepResult:
@@ -283,10 +283,10 @@ class Ranks:
         self.check()
         raise AssertionError("unreachable: an epoch that ended has a reason")
 
-    def _run(self, plan: Plan) -> StepResult | None:
+    def _run(self, plan: Plan, data: bytes) -> StepResult | None:
         """The leader's own part; None where the epoch is over, or another rank answers."""
         try:
-            return self._own_runner.run(plan)
+            return self._own_runner.run(plan, data)
         except PeersBroken as error:
             self._members.give_up(f"rank 0: {error}")
         except Exception as error:
@@ -300,8 +300,8 @@ class Ranks:
             self._do_own_part(plan, found)
         found.put(None)
 
-    def _do_own_part(self, plan: Plan, found: queue.SimpleQueue[StepResult | None]) -> None:
-        result = self._run(plan)
+    def _do_own_part(self, plan: Plan, found: queue.SimpleQueue[StepResult | None], data: bytes = b"") -> None:
+        result = self._run(plan, data)
         if self.layout.pipeline == 1:  # else the last stage answers
             found.put(result)
 

@@ -12,7 +12,10 @@ import numpy.typing as npt
 import torch
 
 from kernels.decoder import Head
-from kernels.peers import PeersBroken
+from kernels.peers import PeersBroken, Ring
+from kernels.rank import NativeRank
+from pagetable.ids import PlanNumber
+from worker.codec import decode_plan, encode_plan, plan_number
 from worker.gpu_model import GpuModel
 from worker.group import Group
 from worker.heads import gather_head, share_tokens
@@ -30,6 +33,7 @@ Model: TypeAlias = Decoder | NativeModel | GpuModel
 
 # Prompt logprobs can ask for the logits of every token of a chunk; so many rows of them exist at a time.
 MAX_SCORE_ROWS = 64
+_AHEAD_BYTES = 8 << 20  # of weights, at most, that a stage asks for while it waits for rows or results
 _MOST_VIEWS = 16  # more than the slots of two rings; messages over gloo come as new ones
 NOT_FINITE = "the model's logits are not finite at this position"
 NOTHING_LEFT = "no token is left to sample: biases and masks leave none finite"
@@ -82,6 +86,7 @@ class Runner:
         self._widths, self._fills_tokens = vocab_widths, fills_tokens
         self._open = OpenTokens()
         self._views: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}  # by the message's id
+        self._plain = self._make_plain(None)  # for plain plans; None where this rank has no native code for them
 
     @property
     def answers(self) -> bool:
@@ -93,6 +98,7 @@ class Runner:
         self.tables.tables.fill(-1)
         self.group = group
         self._views.clear()
+        self._plain = self._make_plain(group)
         if self.part is not None:
             self._open = OpenTokens(self.part.layout.pipeline, group.back if group is not None else None)
 
@@ -103,9 +109,78 @@ class Runner:
         batch = self.tables.batch(plan, self.model.windows) if plan.num_tokens else None
         return Prepared(plan, self.tables.copies(plan), self.tables.moves(plan), batch)
 
-    def run(self, plan: Plan) -> StepResult | None:
-        """`prepare`, then `carry_out`."""
+    def run(self, plan: Plan, data: bytes = b"") -> StepResult | None:
+        """`prepare`, then `carry_out`; a plain plan in one native call.
+
+        Args:
+            data: the plan as bytes, where the caller has them.
+        """
+        if self._plain is not None and self._may_be_plain(plan):
+            tokens = self._run_plain(self._plain, data or encode_plan(plan))
+            if tokens is not None:
+                return self._answer(plan.number, tokens)
         return self.carry_out(self.prepare(plan))
+
+    def run_encoded(self, data: bytes) -> StepResult | None:
+        """`run` of a plan as bytes. Raises BadFrame where they are none, with nothing done."""
+        if self._plain is not None:
+            tokens = self._run_plain(self._plain, data)
+            if tokens is not None:
+                return self._answer(plan_number(data), tokens)
+        plan = decode_plan(data)
+        return self.carry_out(self.prepare(plan))
+
+    def _make_plain(self, group: Group | None) -> NativeRank | None:
+        if self._native is None or self.tables.native is None or self._fills_tokens:
+            return None
+        decoder, part = self._native.decoder, self._native.part
+        if group is None:
+            if part.layout.num_ranks > 1:  # there is no epoch
+                return None
+            return NativeRank(decoder, self.tables.native, self.cache.pool, self.sampler.plain)
+        previous, behind = group.previous, group.next
+        if not (isinstance(previous, Ring | None) and isinstance(behind, Ring | None)):
+            return None
+        if group.owns_cores:
+            for ring in (previous, group.results if part.is_first else None):
+                if ring is not None:
+                    ring.read_ahead(*decoder.first_weights(_AHEAD_BYTES))
+        return NativeRank(
+            decoder,
+            self.tables.native,
+            self.cache.pool,
+            self.sampler.plain,
+            self.tables.column,
+            part.vocab.start,
+            tensor=group.tensor,
+            slice=group.slice,
+            previous=previous,
+            next=behind,
+        )
+
+    def _may_be_plain(self, plan: Plan) -> bool:
+        """False where it is not, and to encode it would be in vain."""
+        if plan.admits or plan.copy_from or plan.score_row:
+            return False
+        is_last = self.part is None or self.part.is_last
+        return not is_last or all(map(self.sampler.plain.__getitem__, plan.sample_slot))
+
+    def _run_plain(self, plain: NativeRank, data: bytes) -> array[int] | None:
+        try:
+            return plain.run(data)
+        except PeersBroken:
+            if self.group is not None:  # it may be this rank that found the stage before at another plan
+                self.group.abort()
+            raise
+
+    def _answer(self, number: PlanNumber, tokens: array[int]) -> StepResult | None:
+        """What `carry_out` says of a plan whose likeliest tokens these are."""
+        if not self.answers:
+            return None
+        result = StepResult(number, tokens)
+        if -1 in tokens:
+            result.failed = {entry: NOT_FINITE for entry, token in enumerate(tokens) if token < 0}
+        return result
 
     def carry_out(self, prepared: Prepared) -> StepResult | None:
         """One step whose table changes are made: admits, copies, forward pass, samples, scores.

@@ -82,6 +82,9 @@ class Sampler:
         max_num_seqs: slots are below it.
         choose: a token for each row, as `draw.choose`; the shape lies on the CPU, wherever the rows lie.
         chunk: logits that are drawn from in one call; log probabilities take LOGPROB_CHUNK at most.
+
+    Attributes:
+        plain: by slot, 1 where the likeliest token is taken, whatever came before, and nothing else is asked for.
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class Sampler:
     ) -> None:
         self._choose, self._chunk = choose, chunk
         self._vocab = vocab_size
-        self._plain = set(range(max_num_seqs))  # slots of which the likeliest token is taken, whatever came before
+        self.plain = bytearray(b"\1" * max_num_seqs)
         self._edits: list[_Edits | None] = [None] * max_num_seqs
         self._edited = np.zeros(max_num_seqs, bool)
         self._wants = np.zeros(max_num_seqs, bool)
@@ -125,14 +128,11 @@ class Sampler:
         self._key[slot] = stream_key(p.seed, admit.sample_index)
         self._temperature[slot], self._min_p[slot], self._top_p[slot] = p.temperature, p.min_p, p.top_p
         self._top_k[slot] = p.top_k if 0 < p.top_k < self._vocab else self._vocab
-        if self._edited[slot] or self._wants[slot] or self._min_tokens[slot] or p.temperature > 0:
-            self._plain.discard(slot)
-        else:
-            self._plain.add(slot)
+        self.plain[slot] = not (self._edited[slot] or self._wants[slot] or self._min_tokens[slot] or p.temperature > 0)
 
     def takes_likeliest(self, slots: array[int]) -> bool:
         """Whether every one of these slots takes the token of its largest logit as it is, and no log probability."""
-        if self._plain.issuperset(slots):
+        if all(map(self.plain.__getitem__, slots)):
             return True
         where = np.array(slots, np.int64)
         edited = self._edited[where] | (self._num_outputs[where] < self._min_tokens[where])
@@ -140,7 +140,7 @@ class Sampler:
 
     def count(self, slots: array[int]) -> None:
         """Each of these slots took its largest logit's token as its next output."""
-        if self._plain.issuperset(slots):
+        if all(map(self.plain.__getitem__, slots)):
             return  # nobody asks how many outputs they have
         self._num_outputs[np.array(slots, np.int64)] += 1
 

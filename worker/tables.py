@@ -67,6 +67,9 @@ class TableMirror:
     Args:
         column: the stage whose blocks these are.
         group: the only group whose pages are in reach, those of the others are -1; None where there is one group.
+
+    Attributes:
+        native: the same tables for native code; None where that is not built.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class TableMirror:
     ) -> None:
         self.block_size, self.column, self.group = block_size, column, group
         self.tables: Final[Ints] = np.full((max_num_seqs, max_blocks_per_seq), -1, dtype=np.int32)
-        self._native = NativeTables(self.tables, block_size, group) if has_native() else None
+        self.native = NativeTables(self.tables, block_size, group) if has_native() else None
 
     def apply(self, plan: Plan) -> None:
         """Carry out the plan's table changes. InvariantBroken (and nothing changed) where one is out of range."""
@@ -82,7 +85,7 @@ class TableMirror:
         if not any(changes):
             return
         group = None if self.group is None else plan.table_group
-        if self._native is not None and self._native.change(*changes, group):
+        if self.native is not None and self.native.change(*changes, group):
             return
         slot, index, block = (ints(each) for each in changes)
         _check_range("table_slot", slot, self.tables.shape[0])
@@ -132,9 +135,9 @@ class TableMirror:
         Pages of other groups are not listed: a row may have none.
         """
         windows = tuple(windows)
-        if self._native is not None:
+        if self.native is not None:
             rows = (plan.slots, plan.query_start, plan.first_position, plan.tokens)
-            found = self._native.rows(*rows, windows)
+            found = self.native.rows(*rows, windows)
             if found is not None:
                 return Batch(*found)
         return self._computed(plan, windows)

@@ -30,6 +30,31 @@ struct Rows {
     int64_t num_rows, num_tokens;
 };
 
+struct Model;
+struct Peers;
+struct Ring;
+class Engine;
+
+// What a rank does plain plans with; mirrored by rank.py.
+struct Rank {
+    Engine* engine;
+    const Model* model;
+    const Tables* tables;
+    Peers *tensor, *slice;  // null: this one alone
+    Ring *previous, *next;  // the stages before and behind it; null where it is the first, or the last
+    char* pool;
+    int64_t layer_stride, block_stride, num_blocks;
+    const int64_t* windows;
+    int64_t num_windows;
+    int64_t column;           // of the pages
+    int64_t is_cut;           // the next stage goes on with the last layer's MLP
+    int64_t is_int8;          // the pool
+    int64_t is_deterministic;
+    int64_t first_row;        // of the head, in the vocabulary
+    const char* is_plain;     // by slot: the likeliest token is taken, whatever came before
+    int64_t num_slots;
+};
+
 }  // namespace quire
 
 // Bit set of the levels that this machine runs: 1 plain, 2 avx2, 4 avx512 with bfloat16.
@@ -55,11 +80,8 @@ QUIRE_EXPORT uint64_t quire_read(const char* data, int64_t bytes);
 
 namespace quire {
 struct Choice;
-struct Model;
 struct Ahead;
-struct Peers;
 struct Step;
-class Engine;
 class SharedCount;
 }  // namespace quire
 
@@ -96,8 +118,9 @@ QUIRE_EXPORT int64_t quire_shared_exchange(void* context, int64_t parity, int64_
 QUIRE_EXPORT int64_t quire_best_of_ranks(quire::Peers* peers, int64_t rows, int32_t* tokens, float* values,
                                          float* totals);
 
-// A SharedCount: waits until it has come to `least`, adds one, breaks it for good, tells whether it is broken.
-QUIRE_EXPORT int64_t quire_count_await(quire::SharedCount* count, uint32_t least);
+// A SharedCount: waits until it has come to `least`, asking for `ahead` (or null) meanwhile; adds one; breaks it for good;
+// tells whether it is broken.
+QUIRE_EXPORT int64_t quire_count_await(quire::SharedCount* count, uint32_t least, const quire::Ahead* ahead);
 QUIRE_EXPORT void quire_count_advance(quire::SharedCount* count);
 QUIRE_EXPORT void quire_count_fail(quire::SharedCount* count);
 QUIRE_EXPORT int64_t quire_count_is_broken(const quire::SharedCount* count);
@@ -119,3 +142,11 @@ QUIRE_EXPORT int64_t quire_tables_starts(const quire::Tables* tables, const quir
                                          int32_t* start);
 QUIRE_EXPORT void quire_tables_pages(const quire::Tables* tables, const quire::Rows* rows, int64_t window,
                                      int32_t* block, int32_t* position);
+
+// A rank's part of a plan, from the plan's bytes (worker/codec.py): table changes, all layers, hidden rows from stage to
+// stage, and on the last the head. Writes each sample entry's token, or -1 where a logit is not finite, and how many
+// there are: room for as many as the plan has bytes is enough. 4, with nothing but the table changes done, where the plan
+// is not plain or not right: it admits, copies or scores something, leaves tokens open, does not take the likeliest
+// tokens, or does not fit.
+QUIRE_EXPORT int64_t quire_rank_run(const quire::Rank* rank, const char* plan, int64_t bytes, int32_t* tokens,
+                                    int64_t* num_tokens, char* message, int64_t size);

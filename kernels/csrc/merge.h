@@ -19,7 +19,7 @@ void merge_parts(PartOf part, int64_t parts, int64_t dim, float* out, float* lse
     float top = empty;
     for (int64_t p = 0; p < parts; p++) {
         const float each = part(p).lse;
-        if (!(each <= top)) top = each;  // also takes NaN, which must not be lost
+        if (each > top || std::isnan(each)) top = each;  // a NaN stays: it must not be lost
     }
     std::fill_n(out, dim, 0.f);
     *lse = top;

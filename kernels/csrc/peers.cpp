@@ -56,7 +56,9 @@ int64_t SharedCount::await(uint32_t count, Ahead ahead) {
 
 }  // namespace quire
 
-int64_t quire_count_await(quire::SharedCount* count, uint32_t least) { return count->await(least); }
+int64_t quire_count_await(quire::SharedCount* count, uint32_t least, const quire::Ahead* ahead) {
+    return count->await(least, ahead ? *ahead : quire::Ahead{});
+}
 void quire_count_advance(quire::SharedCount* count) { count->advance(); }
 void quire_count_fail(quire::SharedCount* count) { count->fail(); }
 int64_t quire_count_is_broken(const quire::SharedCount* count) { return count->is_broken(); }

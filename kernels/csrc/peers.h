@@ -9,9 +9,10 @@
 namespace quire {
 
 constexpr int64_t kBroken = 3;  // the result of a call whose group is broken
+constexpr int64_t kBestBytes = 12;  // of a row in quire_best_of_ranks: token, value, total
 
-// Memory that a rank reads behind an exchange, and may ask for while it waits: of two ranks that read weights now one is
-// late and now the other, and else each would lose what either loses.
+// Memory that a rank reads behind an exchange or a message, and may ask for while it waits: of two ranks that read
+// weights now one is late and now the other, and else each would lose what either loses.
 struct Ahead {
     const char* at = nullptr;
     int64_t bytes = 0;
@@ -62,6 +63,37 @@ private:
 struct Meeting {
     SharedCount passed;
     alignas(64) std::atomic<uint32_t> arrived;
+};
+
+// Messages from one producer to one consumer through slots in shared memory, as one of the two sees them; mirrored by
+// peers.py. A slot is a line (tag, bytes) and the message.
+struct Ring {
+    SharedCount *published, *released;
+    char* slots;
+    int64_t stride;     // bytes from slot to slot
+    int64_t num_slots, capacity;
+    int64_t sent, done;  // messages, by this producer and by this consumer
+    Ahead ahead;         // what the consumer reads behind a message, if anything
+
+    // The next message to fill, once there is room for it; null where the ring is broken.
+    char* slot() {
+        return released->await((uint32_t)(sent + 1 - num_slots)) ? nullptr : at(sent) + kLine;
+    }
+    void publish(int64_t tag, int64_t bytes) {
+        auto* const head = reinterpret_cast<int64_t*>(at(sent++));
+        head[0] = tag, head[1] = bytes;
+        published->advance();
+    }
+    // The oldest message that is not released, once it is there: its line; null where the ring is broken.
+    const char* receive() {
+        return published->await((uint32_t)(done + 1), ahead) ? nullptr : at(done);
+    }
+    void release() { done++, released->advance(); }
+
+    static constexpr int64_t kLine = 64;
+
+private:
+    char* at(int64_t message) const { return slots + message % num_slots * stride; }
 };
 
 // The context of `shared_exchange`; mirrored by peers.py.

@@ -16,7 +16,7 @@ import torch
 from kernels import ops
 from kernels.ops import Mask, PageList
 from kernels.reference import Reference
-from tests.attention import LIMIT, Case, Shape, check, ints, make
+from tests.attention import LIMIT, Case, Shape, check, check_that_nan_stays, ints, make
 
 LEVELS = ops.available()
 DTYPES = (torch.float32, torch.bfloat16)
@@ -183,6 +183,11 @@ class TestAttend:
         sick[0, 1] = sick[20, 2] = True
         assert out[sick].isnan().all() and lse[sick].isnan().all()
         assert torch.equal(out[~sick], clean[0][~sick]) and torch.equal(lse[~sick], clean[1][~sick])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_nan_in_one_part_is_not_lost_among_others(level: str) -> None:
+    check_that_nan_stays(level)
 
 
 @pytest.mark.parametrize("level", LEVELS)

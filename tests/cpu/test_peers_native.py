@@ -335,7 +335,7 @@ def test_messages_count_in_a_circle() -> None:
     producer, consumer = rings(2)
     for word in (producer._published, producer._released):
         ctypes.c_uint32.from_address(word).value = NEAR_END * 2
-    producer._sent = consumer._done = NEAR_END
+    producer.struct.sent = consumer.struct.done = NEAR_END
     in_threads(lambda: send(producer, 20), lambda: check(consumer, 20))
 
 

@@ -22,6 +22,7 @@ from pagetable.ids import PlanNumber
 from quire_pb.worker.v1 import worker_pb2 as pb
 from tests.rank_threads import IDENTITY, SECRET, SIZES, Recorder, model, threads
 from worker.channel import Channel
+from worker.codec import plan_number
 from worker.layout import Layout
 from worker.loop import EpochOver
 from worker.members import Members
@@ -144,18 +145,18 @@ def test_a_result_that_is_none_of_ours_ends_the_epoch(small: ModelConfig) -> Non
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_plan_that_cannot_be_prepared_ends_the_epoch_by_its_number(layout: Layout, small: ModelConfig) -> None:
+def test_a_plan_that_a_rank_cannot_carry_out_ends_the_epoch_by_its_number(layout: Layout, small: ModelConfig) -> None:
     last = layout.num_ranks - 1
     with threads(small, layout) as it:
         runner = it.runners[last]
-        prepare = runner.prepare
+        run = runner.run_encoded
 
-        def refuse(plan: Plan) -> Plan:
-            if plan.number == 1 and runner.resets == [1]:
+        def refuse(data: bytes) -> StepResult | None:
+            if plan_number(data) == 1 and runner.resets == [1]:
                 raise ValueError("no such slot")
-            return prepare(plan)
+            return run(data)
 
-        runner.prepare = refuse  # type: ignore[method-assign]
+        runner.run_encoded = refuse  # type: ignore[method-assign]
         it.ranks.begin(1)
         it.step(0)
         with pytest.raises(EpochOver, match=rf"rank {last}: plan 1 failed \(ValueError: no such slot\)"):
@@ -466,11 +467,12 @@ def test_a_group_ends_all_waits_whoever_aborts(small: ModelConfig) -> None:
     with threads(small, Layout(4)) as it:
         it.ranks.begin(1)
         groups = [runner.group for runner in it.runners]
+        peers = [group.tensor for group in groups if group is not None]  # ranks that leave their groups close them
         broken: list[int] = []
 
         def meet(rank: int) -> None:
             try:
-                groups[rank].tensor.exchange(8)  # type: ignore[union-attr]
+                peers[rank].exchange(8)  # type: ignore[union-attr]
             except PeersBroken:
                 broken.append(rank)
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "kernels" / "csrc"
-COMMON = ("plan", "attend", "pages", "team", "peers", "step", "tables")
+COMMON = ("plan", "attend", "pages", "team", "peers", "step", "tables", "rank")
 # as in setup.py, which can't be imported
 LEVELS = {
     "plain": (),

@@ -344,7 +344,7 @@ class TestRanks:
             for dtype in DTYPES:
                 for part in Layout(*sizes).parts(config):
                     weights = open_weights(folders(name))
-                    decoder = NativeModel(config, weights, dtype, Native(cpu.levels()[0]), 1, part=part)._decoder
+                    decoder = NativeModel(config, weights, dtype, Native(cpu.levels()[0]), 1, part=part).decoder
                     taken = sum(len(each) if isinstance(each, mmap.mmap) else each.nbytes for each in decoder._keep)
                     assert taken - config.head_dim // 2 * 8 == part.weight_bytes(config, dtype.itemsize)
         assert cut == {*_CASES[-6:], ("llama-biases", (4, 2, 2)), ("llama-tied", (2, 2, 1))}

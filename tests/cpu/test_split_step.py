@@ -263,7 +263,7 @@ class Shard:
             else:
                 pool = torch.full(shape, torch.nan, dtype=weights.dtype)
             self.pools.append(pool)
-        shape = self.decoders[0]._shape
+        shape = self.decoders[0].shape
         self.tensor = group_of(split.tensor, shape.tensor_bytes(MAX_TOKENS))
         needed = shape.slice_bytes(MAX_TOKENS, weights.dtype)
         slices = [group_of(split.groups, needed) for _ in range(split.slices if needed else 0)]
@@ -542,7 +542,7 @@ def test_a_split_head_has_the_logits_of_the_whole() -> None:
 def test_a_step_too_large_for_its_group_changes_nothing(name: str) -> None:
     weights = Weights(Sizes(), torch.float32)
     shard = Shard(weights, Split(2, 2))
-    shape = shard.decoders[0]._shape
+    shape = shard.decoders[0].shape
     needed = shape.tensor_bytes(1) if name == "tensor" else shape.slice_bytes(1, torch.float32)
     small = group_of(2, 10 * needed + 1)[0]
     groups = {"tensor": shard.tensor[0], "slice": shard.slice[0]} | {name: small}

@@ -32,7 +32,7 @@ class Pair:
             self.native = TableMirror(slots, blocks, size, 0, group)
             patch.setenv("QUIRE_KERNELS", "reference")
             self.numpy = TableMirror(slots, blocks, size, 0, group)
-        assert self.native._native is not None and self.numpy._native is None
+        assert self.native.native is not None and self.numpy.native is None
 
     def apply(self, plan: Plan) -> Any:
         """None, or an error's type and text: the same of both, whose tables are equal afterwards."""

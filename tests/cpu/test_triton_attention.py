@@ -25,7 +25,7 @@ from kernels.tiles import deal, split
 from kernels.triton_attention import Triton
 from launch.llm import LLM
 from pagetable.errors import ConfigError
-from tests.attention import LIMIT, Case, Shape, check, ints, make
+from tests.attention import LIMIT, Case, Shape, check, check_that_nan_stays, ints, make
 from tests.models import make_model
 
 pytestmark = pytest.mark.skipif(
@@ -132,6 +132,10 @@ def test_merging_only_empty_parts_gives_an_empty_one() -> None:
     outs[1, 0], lses[1, 0] = 5.0, 0.25
     out, lse = ops.merge(outs, lses, backend=ops.pick("triton"))
     assert (out[0] == 5).all() and (lse[0] == 0.25).all() and (out[1] == 0).all() and (lse[1] == -torch.inf).all()
+
+
+def test_a_nan_in_one_part_is_not_lost_among_others() -> None:
+    check_that_nan_stays("triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

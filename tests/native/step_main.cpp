@@ -237,20 +237,22 @@ bool counts_hand_on_and_break() {
     auto* const published = reinterpret_cast<SharedCount*>(memory[0]);
     auto* const released = reinterpret_cast<SharedCount*>(memory[1]);
     int64_t slots[3] = {}, sum = 0, code = 0;
+    const std::vector<char> behind(3000);
+    const Ahead ahead{behind.data(), (int64_t)behind.size()};
     std::thread producer([&] {
         for (int64_t i = 0; i < 3000; i++) {
-            if (quire_count_await(released, (uint32_t)(i - 2) & 0x7fffffff)) return;
+            if (quire_count_await(released, (uint32_t)(i - 2) & 0x7fffffff, nullptr)) return;
             slots[i % 3] = i;
             quire_count_advance(published);
         }
     });
     for (int64_t i = 0; i < 3000; i++) {
-        if (quire_count_await(published, (uint32_t)i + 1)) break;
+        if (quire_count_await(published, (uint32_t)i + 1, &ahead)) break;
         sum += slots[i % 3];
         quire_count_advance(released);
     }
     producer.join();
-    std::thread waiting([&] { code = quire_count_await(published, 3001); });
+    std::thread waiting([&] { code = quire_count_await(published, 3001, &ahead); });
     quire_count_fail(published);
     waiting.join();
     if (sum == 2999 * 1500 && code == kBroken) return true;
@@ -266,6 +268,31 @@ bool tables_tell_what_rows_are() {
         if (!check.misfits_are_refused()) fault = "takes rows that do not fit";
         if (!check.changes_are_right()) fault = "changes wrongly";
         if (fault) return std::fprintf(stderr, "tables: trial %d %s\n", trial, fault), false;
+    }
+    return true;
+}
+
+// Plans of a rank whose vocabulary is empty, so that none is plain: lengths of any kind, in memory of just their size.
+bool plans_are_read_within_their_bytes() {
+    Model model{};
+    Tables tables{};
+    tables.group = -1;
+    Rank rank{};
+    rank.model = &model, rank.tables = &tables;
+    const auto any = [](int64_t end) { return (int64_t)(draw() % (uint32_t)end); };
+    for (int trial = 0; trial < 20000; trial++) {
+        const int64_t words = any(60), bytes = any(4) ? 4 * words : any(240);
+        std::unique_ptr<char[]> plan(new char[bytes]), tokens(new char[bytes + 4]);
+        for (int64_t at = 0; at < bytes; at++) plan[at] = 0;
+        for (int64_t at = 0; at + 4 <= bytes; at += 4) {
+            const uint32_t huge = 0xffffffffu >> any(32), value = any(20) ? (uint32_t)any(4) * (any(3) == 0) : huge;
+            std::memcpy(plan.get() + at, &value, 4);
+        }
+        rank.column = any(3);
+        int64_t count = 0;
+        char message[8];
+        if (quire_rank_run(&rank, plan.get(), bytes, reinterpret_cast<int32_t*>(tokens.get()), &count, message, 8) != 4)
+            return std::fprintf(stderr, "plans: trial %d is taken\n", trial), false;
     }
     return true;
 }
@@ -329,7 +356,7 @@ bool team_lets_go_and_comes_back() {
 }  // namespace
 
 int main() {
-    if (!tables_tell_what_rows_are()) return 1;
+    if (!tables_tell_what_rows_are() || !plans_are_read_within_their_bytes()) return 1;
     if (!team_lets_go_and_comes_back() || !team_stays_through_waits() || !counts_hand_on_and_break()) return 1;
     for (int64_t level = 0; level < 3; level++)
         for (int bf16 = 0; bf16 < 2; bf16++)

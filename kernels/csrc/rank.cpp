@@ -1,0 +1,224 @@
+// A rank's part of a plain plan: what nearly all steps of a decode are, without an object for each of its arrays.
+//
+// The bytes are those of worker/codec.py: a number, how long each array is, how long each column of those by column, the
+// arrays, the columns, the admits. Whatever is not plain, or not right, is left to the caller, who can do all plans and
+// say what is wrong with them.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "exports.h"
+#include "peers.h"
+#include "step.h"
+
+namespace quire {
+namespace {
+
+constexpr int64_t kNotPlain = 4;
+
+// In the order of the bytes; from kCopyFrom to kCopyTo, and from kScoreRow on, a plain plan has none.
+enum : int64_t {
+    kSlots, kQueryStart, kFirstPosition, kTokens, kTableSlot, kTableIndex, kTableGroup, kCopyFrom, kCopyTo, kSampleRow,
+    kSampleSlot, kSamplePosition, kScoreRow, kScoreSlot, kScoreToken, kNumArrays
+};
+constexpr int64_t kByColumn = 3;  // table_blocks, copy_sources, copy_targets
+constexpr int64_t kHeadBytes = 8 + 4 * (kNumArrays + kByColumn + 1);
+
+struct Ints {
+    const int32_t* at;
+    int64_t count;
+};
+
+struct Plain {
+    int64_t number;
+    Ints arrays[kNumArrays];
+    Ints blocks;  // table_blocks of the rank's column
+
+    const Ints& operator[](int64_t array) const { return arrays[array]; }
+};
+
+// Where the arrays of a plan lie; false where it is none, or has what a plain one has not.
+bool read(const char* data, int64_t bytes, int64_t column, Plain& plan) {
+    if (bytes < kHeadBytes) return false;
+    uint32_t counts[kNumArrays + kByColumn + 1];
+    std::memcpy(&plan.number, data, 8);
+    std::memcpy(counts, data + 8, sizeof counts);
+    const uint32_t* const by_column = counts + kNumArrays;
+    if (by_column[kByColumn]) return false;  // admits
+    const int64_t num_columns = (int64_t)by_column[0] + by_column[1] + by_column[2];
+    if (num_columns > (bytes - kHeadBytes) / 4 || column >= by_column[0]) return false;
+    const auto* const columns = reinterpret_cast<const uint32_t*>(data + kHeadBytes);
+    const auto* const begin = reinterpret_cast<const int32_t*>(columns + num_columns);
+    const int64_t room = (bytes - kHeadBytes) / 4 - num_columns;
+    int64_t at = 0;
+    const auto take = [&](int64_t count) {
+        const Ints found{begin + std::min(at, room), count};
+        at += count;
+        return found;
+    };
+    for (int64_t i = 0; i < kNumArrays; i++) plan.arrays[i] = take(counts[i]);
+    for (int64_t i = 0; i < num_columns; i++) {
+        const Ints found = take(columns[i]);
+        if (i == column) plan.blocks = found;
+        if (i >= by_column[0] && found.count) return false;
+    }
+    return at == room && bytes == kHeadBytes + 4 * (num_columns + room);
+}
+
+// Working memory of the calls of one thread.
+struct Scratch {
+    std::vector<int64_t> ids, positions, slots, rows, num_entries;
+    std::vector<int32_t> query_start, first;
+    std::vector<std::vector<int32_t>> start, block, position;  // by window
+    std::vector<const int32_t*> starts, blocks, places;
+    std::vector<float> hidden, values, totals;
+};
+
+bool all_in(const Ints& values, int64_t end) {
+    return std::all_of(values.at, values.at + values.count, [&](int32_t value) { return value >= 0 && value < end; });
+}
+
+bool is_plain(const Rank& rank, const Plain& plan) {
+    const int64_t rows = plan[kSlots].count, changes = plan.blocks.count, samples = plan[kSampleRow].count;
+    for (const int64_t none : {kCopyFrom, kCopyTo, kScoreRow, kScoreSlot, kScoreToken})
+        if (plan[none].count) return false;
+    if (plan[kTokens].count == 0 || plan[kQueryStart].count != rows + 1 || plan[kFirstPosition].count != rows ||
+        plan[kTableSlot].count != changes || plan[kTableIndex].count != changes ||
+        (rank.tables->group >= 0 && plan[kTableGroup].count != changes) || plan[kSampleSlot].count != samples)
+        return false;
+    if (!all_in(plan[kTokens], rank.model->vocab) || !all_in(plan[kSampleRow], plan[kTokens].count) ||
+        !all_in(plan[kSampleSlot], rank.num_slots))
+        return false;
+    const Ints& slots = plan[kSampleSlot];
+    return rank.next || std::all_of(slots.at, slots.at + samples, [&](int32_t slot) { return rank.is_plain[slot]; });
+}
+
+// The step's arrays; false where the plan's rows do not fit the tables.
+bool prepare(const Rank& rank, const Plain& plan, Scratch& scratch, Step& step) {
+    const Ints &slot = plan[kTableSlot], &tokens = plan[kTokens];
+    if (slot.count && quire_tables_change(rank.tables, slot.at, plan[kTableIndex].at, plan.blocks.at,
+                                          rank.tables->group < 0 ? nullptr : plan[kTableGroup].at, slot.count))
+        return false;
+    const Rows rows{plan[kSlots].at, plan[kQueryStart].at, plan[kFirstPosition].at, tokens.at, plan[kSlots].count,
+                    tokens.count};
+    for (auto* by_token : {&scratch.ids, &scratch.positions, &scratch.slots}) by_token->resize(tokens.count);
+    scratch.query_start.resize(rows.num_rows + 1), scratch.first.resize(rows.num_rows);
+    if (quire_tables_rows(rank.tables, &rows, scratch.ids.data(), scratch.positions.data(), scratch.slots.data(),
+                          scratch.query_start.data(), scratch.first.data()))
+        return false;
+    for (auto* by_window : {&scratch.start, &scratch.block, &scratch.position}) by_window->resize(rank.num_windows);
+    for (auto* by_window : {&scratch.starts, &scratch.blocks, &scratch.places}) by_window->resize(rank.num_windows);
+    scratch.num_entries.resize(rank.num_windows);
+    for (int64_t i = 0; i < rank.num_windows; i++) {
+        auto &start = scratch.start[i], &block = scratch.block[i], &position = scratch.position[i];
+        start.resize(rows.num_rows + 1);
+        const int64_t count = quire_tables_starts(rank.tables, &rows, rank.windows[i], start.data());
+        block.resize(count), position.resize(count);
+        quire_tables_pages(rank.tables, &rows, rank.windows[i], block.data(), position.data());
+        scratch.starts[i] = start.data(), scratch.blocks[i] = block.data(), scratch.places[i] = position.data();
+        scratch.num_entries[i] = count;
+    }
+    step.tokens = rank.previous ? nullptr : scratch.ids.data();
+    step.positions = scratch.positions.data();
+    step.slots = scratch.slots.data();
+    step.query_start = scratch.query_start.data();
+    step.first_position = scratch.first.data();
+    step.page_start = scratch.starts.data();
+    step.page_block = scratch.blocks.data();
+    step.page_position = scratch.places.data();
+    step.windows = rank.windows;
+    step.num_entries = scratch.num_entries.data();
+    step.pool = rank.pool;
+    step.layer_stride = rank.layer_stride, step.block_stride = rank.block_stride, step.num_blocks = rank.num_blocks;
+    step.block_size = rank.tables->block_size;
+    step.num_tokens = tokens.count, step.num_rows = rows.num_rows, step.num_windows = rank.num_windows;
+    step.is_deterministic = rank.is_deterministic, step.is_int8 = rank.is_int8;
+    step.tensor = rank.tensor, step.slice = rank.slice;
+    return true;
+}
+
+// Each sample entry's likeliest token in all of the vocabulary, or -1. 0, or what went wrong.
+int64_t sample(const Rank& rank, const Plain& plan, const Step& step, Scratch& scratch, int32_t* tokens) {
+    const Ints& rows = plan[kSampleRow];
+    scratch.rows.assign(rows.at, rows.at + rows.count);
+    scratch.values.resize(rows.count), scratch.totals.resize(rows.count);
+    float *const values = scratch.values.data(), *const totals = scratch.totals.data();
+    if (quire_head(rank.engine, rank.model, step.hidden, step.num_tokens, scratch.rows.data(), rows.count, nullptr,
+                   tokens, values, totals))
+        return 2;
+    for (int64_t i = 0; i < rows.count; i++) tokens[i] += (int32_t)rank.first_row;
+    const int64_t most = rank.tensor ? std::max<int64_t>(1, rank.tensor->capacity / kBestBytes) : rows.count;
+    for (int64_t at = 0; rank.tensor && at < rows.count; at += most)
+        if (quire_best_of_ranks(rank.tensor, std::min(most, rows.count - at), tokens + at, values + at, totals + at))
+            return kBroken;
+    for (int64_t i = 0; i < rows.count; i++)
+        if (!std::isfinite(totals[i])) tokens[i] = -1;
+    return 0;
+}
+
+int64_t run(const Rank& rank, const Plain& plan, int32_t* tokens, int64_t* num_tokens, char* message, int64_t size) {
+    thread_local Scratch scratch;
+    Step step{};
+    if (!is_plain(rank, plan) || !prepare(rank, plan, scratch, step)) return kNotPlain;
+    const int64_t numbers = step.num_tokens * rank.model->hidden, bytes = numbers * 4;
+    const bool is_carried = rank.model->carried.norm;
+    const auto says_too_long = [&](const char* what, int64_t got, int64_t most) {
+        std::snprintf(message, (size_t)size, "%s: got %lld bytes for a step of %lld tokens, must be %lld", what,
+                      (long long)got, (long long)step.num_tokens, (long long)most);
+        return int64_t{1};
+    };
+    const float* given = nullptr;
+    if (rank.previous) {
+        const char* const head = rank.previous->receive();
+        if (!head) return kBroken;
+        int64_t tag, got;
+        std::memcpy(&tag, head, 8), std::memcpy(&got, head + 8, 8);
+        if (tag != plan.number) {
+            std::snprintf(message, (size_t)size, "hidden rows of plan %lld came for plan %lld", (long long)tag,
+                          (long long)plan.number);
+            return kBroken;
+        }
+        if (got != bytes * (1 + is_carried)) return says_too_long("hidden rows", got, bytes * (1 + is_carried));
+        given = reinterpret_cast<const float*>(head + Ring::kLine);
+        // the lines are in another core's cache, from where one after the other takes 0.4 us each
+        for (int64_t at = 0; at < got; at += 64) __builtin_prefetch(head + Ring::kLine + at, 0, 2);
+    }
+    if (rank.next) {
+        const int64_t needed = bytes * (1 + rank.is_cut);
+        if (needed > rank.next->capacity) return says_too_long("ring", rank.next->capacity, needed);
+        step.hidden = reinterpret_cast<float*>(rank.next->slot());
+        if (!step.hidden) return kBroken;
+    } else {
+        scratch.hidden.resize(numbers);
+        step.hidden = scratch.hidden.data();
+    }
+    if (given) std::copy_n(given, numbers, step.hidden);
+    step.partial_in = is_carried ? given + numbers : nullptr;
+    step.partial_out = rank.is_cut ? step.hidden + numbers : nullptr;
+    if (const int64_t code = quire_forward(rank.engine, rank.model, &step, message, size)) return code;
+    *num_tokens = 0;
+    if (rank.next) {
+        rank.next->publish(plan.number, bytes * (1 + rank.is_cut));
+    } else if (plan[kSampleRow].count) {
+        if (const int64_t code = sample(rank, plan, step, scratch, tokens)) return code;
+        *num_tokens = plan[kSampleRow].count;
+    }
+    if (rank.previous) rank.previous->release();
+    return 0;
+}
+
+}  // namespace
+}  // namespace quire
+
+int64_t quire_rank_run(const quire::Rank* rank, const char* plan, int64_t bytes, int32_t* tokens, int64_t* num_tokens,
+                       char* message, int64_t size) try {
+    quire::Plain plain;
+    message[0] = 0;
+    if (!quire::read(plan, bytes, rank->column, plain)) return quire::kNotPlain;
+    return quire::run(*rank, plain, tokens, num_tokens, message, size);
+} catch (const std::bad_alloc&) {
+    return 2;
+}

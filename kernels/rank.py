@@ -1,0 +1,110 @@
+"""A rank's part of plain plans in one native call each (csrc/rank.cpp), from a plan's bytes to its tokens.
+
+A decode is hardly anything else than plain plans, and what Python does with one takes longer than it seems: a step
+leaves its caches cold. What is not plain, or not right, is the caller's, who can do all plans.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+
+import torch
+
+from kernels import cpu
+from kernels.decoder import NativeDecoder
+from kernels.peers import Peers, PeersBroken, Ring
+from kernels.tables import NativeTables
+
+_ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
+_BROKEN, _NOT_PLAIN = 3, 4  # kBroken in csrc/peers.h, kNotPlain in csrc/rank.cpp
+_SIGNATURES = {"quire_rank_run": (_INT, _ADDRESS, ctypes.c_char_p, _INT, _ADDRESS, _ADDRESS, ctypes.c_char_p, _INT)}
+
+
+class _Rank(ctypes.Structure):
+    """`quire::Rank` in csrc/exports.h."""
+
+    _fields_ = [
+        *((name, _ADDRESS) for name in ("engine", "model", "tables", "tensor", "slice", "previous", "next", "pool")),
+        *((name, _INT) for name in ("layer_stride", "block_stride", "num_blocks")),
+        ("windows", _ADDRESS),
+        *((name, _INT) for name in ("num_windows", "column", "is_cut", "is_int8", "is_deterministic", "first_row")),
+        ("is_plain", _ADDRESS),
+        ("num_slots", _INT),
+    ]
+
+
+class NativeRank:
+    """What a rank does plain plans with, for one epoch. One caller at a time, the one of `decoder`."""
+
+    def __init__(
+        self,
+        decoder: NativeDecoder,
+        tables: NativeTables,
+        pool: torch.Tensor,
+        plain: bytearray,
+        column: int = 0,
+        first_row: int = 0,
+        *,
+        tensor: Peers | None = None,
+        slice: Peers | None = None,
+        previous: Ring | None = None,
+        next: Ring | None = None,
+    ) -> None:
+        """
+        Args:
+            tables: whose changes the plans carry.
+            pool, tensor, slice: as for `NativeDecoder.forward`.
+            plain: by slot, 1 where the likeliest token is taken; it may change between two plans.
+            column: of the pages.
+            first_row: of the decoder's head, in the vocabulary.
+            previous, next: from the stage before, to the stage behind.
+        """
+        shape, size = decoder.shape, pool.element_size()
+        self._library = cpu.library(_SIGNATURES)
+        self._peers = [each for each in (tensor, slice) if each is not None]
+        windows = array("q", shape.windows)
+        is_plain = (ctypes.c_char * len(plain)).from_buffer(plain)
+        self._keep = (decoder, tables, pool, windows, is_plain, previous, next)
+        self._rank = _Rank(
+            *(decoder.engine, ctypes.addressof(decoder.model), tables.address),
+            *(0 if each is None or each.size == 1 else ctypes.addressof(each.struct) for each in (tensor, slice)),
+            *(0 if each is None else ctypes.addressof(each.struct) for each in (previous, next)),
+            *(pool.data_ptr(), pool.stride(0) * size, pool.stride(1) * size, pool.shape[1]),
+            *(windows.buffer_info()[0], len(windows), column),
+            *(shape.is_cut, pool.dtype == torch.int8, decoder.deterministic, first_row),
+            *(ctypes.addressof(is_plain), len(plain)),
+        )
+        self._at = ctypes.addressof(self._rank)
+        self._message = ctypes.create_string_buffer(cpu.MESSAGE_BYTES)
+        self._num_tokens = ctypes.c_int64()
+        self._tokens = array("i")
+        self._where = (0, 0)
+
+    def run(self, plan: bytes) -> array[int] | None:
+        """Carry out a plan.
+
+        Returns:
+            int32, the likeliest token of each sample entry, -1 where a logit is not finite: on the last stage, and
+            empty before. None where the plan is not plain or not right: nothing but its table changes is done then,
+            which may be done again.
+
+        Raises:
+            ValueError, MemoryError, PeersBroken: as `NativeDecoder.forward`; PeersBroken also where the stage before
+                is at another plan.
+        """
+        if 4 * len(self._tokens) < len(plan):  # more than entries can be
+            self._tokens = array("i", bytes(-(-len(plan) // 4) * 4))
+            self._where = (self._tokens.buffer_info()[0], ctypes.addressof(self._num_tokens))
+        message = self._message
+        code = self._library.quire_rank_run(self._at, plan, len(plan), *self._where, message, cpu.MESSAGE_BYTES)
+        if not code:
+            return self._tokens[: self._num_tokens.value]
+        if code == _NOT_PLAIN:
+            return None
+        if code == _BROKEN:
+            if message.value:
+                raise PeersBroken(message.value.decode())
+            raise next((each.broken() for each in self._peers if each.is_broken), Ring.broken())
+        cpu.raise_for(code, message)
+        raise AssertionError("unreachable: any other code is an error")

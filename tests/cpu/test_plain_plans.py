@@ -1,0 +1,345 @@
+"""Plain plans in one native call each, and by the runner's own steps: equal tokens, failures, tables and pages."""
+
+from __future__ import annotations
+
+import mmap
+import random
+import struct
+from array import array
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import cpu
+from kernels.peers import Peers, PeersBroken, Ring, SharedPeers
+from pagetable.errors import InvariantBroken
+from pagetable.frames import BadFrame
+from pagetable.ids import PlanNumber, SequenceId
+from pagetable.sampling import SamplingParams
+from tests.models import make_model
+from worker.codec import encode_plan, plan_number
+from worker.kv_cache import PagedKVCache
+from worker.layout import Layout
+from worker.model_config import ModelConfig
+from worker.native_model import NativeModel
+from worker.plan import Admit, Plan, StepResult, by_column
+from worker.runner import NOT_FINITE, Runner
+from worker.sampler import Sampler
+from worker.tables import TableMirror
+from worker.weights import open_weights
+
+pytestmark = pytest.mark.skipif(cpu.why_missing() is not None, reason="the native kernels are not built")
+
+VOCAB, SLOTS, BLOCKS, SIZE = 331, 6, 64, 4
+LAYOUTS = [Layout(), Layout(1, 2), Layout(1, 3), Layout(2), Layout(2, 2, 2)]
+
+
+@dataclass
+class Ends:
+    """What a runner asks of its group."""
+
+    tensor: Peers | None = None
+    slice: Peers | None = None
+    previous: Ring | None = None
+    next: Ring | None = None
+    results: Ring | None = None
+    back: None = None
+    owns_cores: bool = False
+    is_aborted: bool = False
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+class Shard:
+    """All ranks of a layout in this process."""
+
+    def __init__(self, folder: Path, layout: Layout, dtype: torch.dtype, *, owns_cores: bool = False) -> None:
+        config = ModelConfig.from_folder(folder)
+        parts = layout.parts(config)
+        weights, tensor = open_weights(folder), layout.tensor
+        self.layout, self.runners, self.ends = layout, list[Runner](), list[Ends]()
+        rows = 64 * 64 * 4 * 2
+        for part in parts:
+            model = NativeModel(config, weights, dtype, cpu.Native(cpu.levels()[-1]), 1, part=part)
+            cache = PagedKVCache(config, BLOCKS, SIZE, dtype, part)
+            group = part.group if layout.page > 1 else None
+            tables = TableMirror(SLOTS, BLOCKS, SIZE, column=part.stage, group=group)
+            widths = tuple(len(each.vocab) for each in parts[:tensor])
+            self.runners.append(Runner(model, cache, tables, Sampler(VOCAB, SLOTS, model.choose), part, widths))
+            self.ends.append(Ends(owns_cores=owns_cores))
+        for stage in range(layout.pipeline):
+            first = stage * tensor
+            if tensor > 1:
+                size = SharedPeers.num_bytes(tensor, rows)
+                memory = mmap.mmap(-1, size)
+                for t in range(tensor):
+                    self.ends[first + t].tensor = SharedPeers(memory, 0, t, tensor, rows)
+                if layout.page > 1:
+                    memory = mmap.mmap(-1, size)
+                    for t in range(tensor):
+                        self.ends[first + t].slice = SharedPeers(memory, 0, t, tensor, rows)
+            for t in range(tensor if stage + 1 < layout.pipeline else 0):
+                memory = mmap.mmap(-1, Ring.num_bytes(2, rows))
+                self.ends[first + t].next = Ring(memory, 0, 2, rows)
+                self.ends[first + t + tensor].previous = Ring(memory, 0, 2, rows)
+        for runner, ends in zip(self.runners, self.ends, strict=True):
+            runner.reset(ends)  # type: ignore[arg-type]
+
+    def run(self, plan: Plan, *, encoded: bool) -> StepResult:
+        """All ranks' parts; what the one that answers says."""
+
+        def part(runner: Runner) -> StepResult | None:
+            return runner.run_encoded(encode_plan(plan)) if encoded else runner.run(plan)
+
+        with ThreadPoolExecutor(len(self.runners)) as threads:
+            (found,) = [each for each in threads.map(part, self.runners) if each is not None]
+        return found
+
+    def state(self) -> list[Any]:
+        """Tables and pages, as bits."""
+        return [
+            (runner.tables.tables.tolist(), runner.cache.pool.contiguous().view(torch.uint8).tolist())
+            for runner in self.runners
+        ]
+
+
+def plan_of(number: int, layout: Layout) -> Plan:
+    columns = (by_column(layout.pipeline) for _ in range(3))
+    names = ("table_blocks", "copy_sources", "copy_targets")
+    return Plan(PlanNumber(number), **dict(zip(names, columns, strict=True)))
+
+
+@dataclass
+class Books:
+    """Sequences in slots, and plans that advance them."""
+
+    rng: random.Random
+    layout: Layout
+    lengths: dict[int, int] = field(default_factory=dict)  # by slot
+    pages: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # (group, block)
+    greedy: dict[int, bool] = field(default_factory=dict)
+    free: list[list[int]] = field(default_factory=list)
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        self.free = [self.rng.sample(range(BLOCKS), BLOCKS) for _ in range(self.layout.page)]
+
+    def plan(self) -> tuple[Plan, bool]:
+        """A plan, and whether it is plain."""
+        self.number += 1
+        plan = plan_of(self.number, self.layout)
+        is_plain = True
+        for slot in [slot for slot, length in self.lengths.items() if length > 30]:
+            del self.lengths[slot]
+            for group, block in self.pages.pop(slot):
+                self.free[group].insert(0, block)
+        if len(self.lengths) < SLOTS and self.rng.random() < 0.4:
+            slot = self.rng.choice([each for each in range(SLOTS) if each not in self.lengths])
+            self.lengths[slot], self.pages[slot], self.greedy[slot] = 0, [], self.rng.random() < 0.85
+            params = SamplingParams(temperature=0.0 if self.greedy[slot] else 0.8, seed=slot, ignore_eos=True)
+            plan.admits.append(Admit(slot, SequenceId(self.number), 0, params, 1, array("i", (3,))))
+            is_plain = False
+        running = self.rng.sample(sorted(self.lengths), self.rng.randint(1, len(self.lengths))) if self.lengths else []
+        for slot in running:
+            count = self.rng.choice((1, 1, 1, 2, 7))
+            samples = self.rng.random() < 0.8
+            self._row(plan, slot, count, samples=samples)
+            is_plain &= self.greedy[slot] or not samples
+        if plan.tokens and self.rng.random() < 0.1:
+            self._copy(plan, self.rng.choice(list(plan.slots)))
+            is_plain = False
+        return plan, is_plain and bool(plan.tokens)
+
+    def _row(self, plan: Plan, slot: int, count: int, *, samples: bool) -> None:
+        first = self.lengths[slot]
+        plan.slots.append(slot)
+        plan.first_position.append(first)
+        plan.tokens.extend(self.rng.randrange(VOCAB) for _ in range(count))
+        plan.query_start.append(len(plan.tokens))
+        self.lengths[slot] = first + count
+        while len(self.pages[slot]) * SIZE < first + count:
+            group = self.rng.randrange(self.layout.page)
+            self._place(plan, slot, len(self.pages[slot]), group)
+        if samples:
+            plan.sample_row.append(len(plan.tokens) - 1)
+            plan.sample_slot.append(slot)
+            plan.sample_position.append(first + count)
+
+    def _place(self, plan: Plan, slot: int, index: int, group: int) -> int:
+        block = self.free[group].pop()
+        self.pages[slot][index:] = [(group, block), *self.pages[slot][index + 1 :]]
+        plan.table_slot.append(slot)
+        plan.table_index.append(index)
+        plan.table_group.append(group)
+        for column in plan.table_blocks:
+            column.append(block)
+        return block
+
+    def _copy(self, plan: Plan, slot: int) -> None:
+        group, source = self.pages[slot][0]
+        target = self._place(plan, slot, 0, group)
+        plan.copy_from.append(group)
+        plan.copy_to.append(group)
+        for sources, targets in zip(plan.copy_sources, plan.copy_targets, strict=True):
+            sources.append(source)
+            targets.append(target)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(
+        tmp_path_factory.mktemp("model"),
+        seed=3,
+        vocab_size=VOCAB,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        hidden_size=64,
+        intermediate_size=150,
+    )
+
+
+def said(result: StepResult) -> tuple[int, list[int], dict[int, str]]:
+    return result.number, result.tokens.tolist(), result.failed
+
+
+def watch(runner: Runner) -> list[bool]:
+    """Whether each plan from now on is carried out natively."""
+    plain, seen = runner._plain, list[bool]()
+    assert plain is not None
+    run = plain.run
+
+    def watched(data: bytes) -> array[int] | None:
+        found = run(data)
+        seen.append(found is not None)
+        return found
+
+    plain.run = watched  # type: ignore[method-assign]
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_what_a_plan_does_is_the_same_either_way(layout: Layout, dtype: torch.dtype, folder: Path) -> None:
+    native, plain = Shard(folder, layout, dtype, owns_cores=True), Shard(folder, layout, dtype)
+    books, tokens = Books(random.Random(8), layout), set[int]()
+    seen, expected = [watch(runner) for runner in native.runners], list[bool]()
+    for _ in range(60):
+        plan, is_plain = books.plan()
+        expected.append(is_plain)
+        results = native.run(plan, encoded=True), plain.run(plan, encoded=False)
+        assert said(results[0]) == said(results[1]) and not results[0].failed
+        tokens.update(results[0].tokens)
+    assert native.state() == plain.state()
+    assert seen[-1] == expected  # those before the last stage need not care who samples
+    assert sum(expected) > 10 and len(tokens) > 30
+    assert all(sum(each) >= sum(expected) for each in seen)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_row_that_is_not_finite_fails_alone(layout: Layout, folder: Path) -> None:
+    shards = [Shard(folder, layout, torch.float32) for _ in range(2)]
+    books = Books(random.Random(5), layout)
+    for slot in range(3):
+        books.lengths[slot], books.pages[slot], books.greedy[slot] = 0, [], True
+    results = []
+    for turn in range(2):
+        plan = plan_of(turn + 1, layout)
+        for slot in range(3):
+            books._row(plan, slot, 5 if turn == 0 else 1, samples=True)
+        if turn == 1:
+            group, block = books.pages[1][0]
+            for shard in shards:
+                for runner in shard.runners[: layout.tensor]:
+                    if layout.page == 1 or runner.tables.group == group:
+                        runner.cache.pool[:, block] = torch.nan
+        results = [shard.run(plan, encoded=encoded) for shard, encoded in zip(shards, (True, False), strict=True)]
+        assert said(results[0]) == said(results[1])
+    assert results[0].failed == {1: NOT_FINITE}
+    assert [token < 0 for token in results[0].tokens] == [False, True, False]
+
+
+def test_hidden_rows_of_another_plan_break_the_epoch(folder: Path) -> None:
+    shard = Shard(folder, Layout(1, 2), torch.float32)
+    books = Books(random.Random(2), shard.layout)
+    books.lengths[0], books.pages[0], books.greedy[0] = 0, [], True
+    plan = plan_of(5, shard.layout)
+    books._row(plan, 0, 3, samples=True)
+    shard.runners[0].run_encoded(encode_plan(plan))
+    plan.number = PlanNumber(6)
+    with pytest.raises(PeersBroken, match="hidden rows of plan 5 came for plan 6"):
+        shard.runners[1].run_encoded(encode_plan(plan))
+    assert shard.ends[1].is_aborted and not shard.ends[0].is_aborted
+
+
+@pytest.mark.parametrize("end", ["tensor", "previous", "next"])
+def test_whoever_waits_hears_that_the_epoch_is_over(end: str, folder: Path) -> None:
+    shard = Shard(folder, Layout(2, 2), torch.float32)
+    books = Books(random.Random(2), shard.layout)
+    books.lengths[0], books.pages[0], books.greedy[0] = 0, [], True
+    plan = plan_of(1, shard.layout)
+    books._row(plan, 0, 3, samples=True)
+    rank = 2 if end == "previous" else 0
+    getattr(shard.ends[rank], end).abort()
+    with pytest.raises(PeersBroken, match="exchange of 2 ranks" if end == "tensor" else "ring between two ranks"):
+        shard.runners[rank].run_encoded(encode_plan(plan))
+    assert shard.ends[rank].is_aborted
+
+
+def outcome(runner: Runner, data: bytes, *, natively: bool) -> Any:
+    plain = runner._plain
+    if not natively:
+        runner._plain = None
+    try:
+        result = runner.run_encoded(data)
+        return None if result is None else said(result)
+    except (BadFrame, InvariantBroken, ValueError, IndexError) as error:
+        return type(error), str(error)
+    finally:
+        runner._plain = plain
+
+
+@pytest.fixture(scope="module")
+def twins(folder: Path) -> Iterator[tuple[Shard, Shard]]:
+    yield Shard(folder, Layout(), torch.float32), Shard(folder, Layout(), torch.float32)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_bytes_that_are_no_plan_or_no_right_one_get_the_same_answer(
+    twins: tuple[Shard, Shard], data: st.DataObject
+) -> None:
+    books = Books(random.Random(data.draw(st.integers(0, 99))), Layout())
+    for slot in range(3):
+        books.lengths[slot], books.pages[slot], books.greedy[slot] = 0, [], True
+    plan = plan_of(1, Layout())
+    for slot in range(data.draw(st.integers(0, 3))):
+        books._row(plan, slot, data.draw(st.integers(1, 5)), samples=data.draw(st.booleans()))
+    words = bytearray(encode_plan(plan))
+    for _ in range(data.draw(st.integers(0, 2))):
+        at = data.draw(st.integers(0, len(words) // 4 - 1)) * 4
+        struct.pack_into("<I", words, at, data.draw(st.one_of(st.integers(0, 9), st.integers(0, 2**32 - 1))))
+    changed = bytes(words[: data.draw(st.sampled_from((len(words), len(words) - 1, len(words) // 2)))])
+    for shard in twins:
+        shard.runners[0].tables.tables.fill(-1)
+    found = [
+        outcome(twin.runners[0], changed, natively=natively)
+        for twin, natively in zip(twins, (True, False), strict=True)
+    ]
+    assert found[0] == found[1]
+    assert twins[0].runners[0].tables.tables.tolist() == twins[1].runners[0].tables.tables.tolist()
+
+
+def test_a_plan_has_a_number_or_is_none() -> None:
+    assert plan_number(encode_plan(Plan(PlanNumber(2**40)))) == 2**40
+    with pytest.raises(BadFrame):
+        plan_number(bytes(7))
