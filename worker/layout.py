@@ -136,7 +136,7 @@ class Layout:
     def stages(self, model: ModelConfig) -> tuple[Stage, ...]:
         """The parts of the layers: the split by weights whose largest stage has the fewest.
 
-        Three quarters of the head's count with the last layer: a decode reads all of them, a chunk of a prompt next to
+        Four fifths of the head's count with the last layer: a decode reads all of them, a chunk of a prompt next to
         none. The embedding's do not: a step looks up a few rows. Stages end between layers, or inside MLPs where
         that makes the largest one smaller by `_GAIN`.
         """
@@ -396,7 +396,7 @@ def _piece_costs(model: ModelConfig, edges: range) -> list[int]:
                 costs[first + piece] += cost // size * width
         else:
             costs[first] += cost
-    costs[-1] += model.vocab_size * model.hidden_size * 3 // 4
+    costs[-1] += model.vocab_size * model.hidden_size * 4 // 5
     return costs
 
 

@@ -268,6 +268,32 @@ def test_a_row_that_is_not_finite_fails_alone(layout: Layout, folder: Path) -> N
     assert [token < 0 for token in results[0].tokens] == [False, True, False]
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_a_stage_asks_for_ahead_is_what_it_reads_first(threads: int, folder: Path) -> None:
+    """Weights of its own, all of one piece of memory; as many as wanted, where they are so many."""
+    config = ModelConfig.from_folder(folder)
+    for part in Layout(1, 3).parts(config):
+        model = NativeModel(
+            config, open_weights(folder), torch.float32, cpu.Native(cpu.levels()[0]), threads, part=part
+        )
+        decoder = model.decoder
+        address, count = decoder.first_weights(1 << 30)
+        first = decoder.model.carried.gate_up if part.is_carrying else decoder.model.layers[0].qkv
+        packed = [each for each in decoder._keep if isinstance(each, mmap.mmap)]
+        places = [(torch.frombuffer(each, dtype=torch.uint8).data_ptr(), len(each)) for each in packed]
+        assert address == first.packed and count > 0
+        assert any(base <= address and address + count <= base + size for base, size in places)
+        assert (count < 4 * first.depth * first.columns) == (threads > 1)
+        assert decoder.first_weights(100) == (address, 100)
+
+
+def test_only_a_rank_with_cores_of_its_own_asks_ahead(folder: Path) -> None:
+    for owns_cores in (True, False):
+        shard = Shard(folder, Layout(1, 3), torch.float32, owns_cores=owns_cores)
+        asked = [each.previous.struct.ahead_bytes for each in shard.ends[1:] if each.previous is not None]
+        assert [count > 0 for count in asked] == [owns_cores] * 2
+
+
 def test_hidden_rows_of_another_plan_break_the_epoch(folder: Path) -> None:
     shard = Shard(folder, Layout(1, 2), torch.float32)
     books = Books(random.Random(2), shard.layout)

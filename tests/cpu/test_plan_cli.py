@@ -139,9 +139,9 @@ def test_stages_are_those_of_the_layout(model: str) -> None:
     add_plan_flags(parser)
     asked = [model, "--devices", "4", "--context", "1000", "--batch", "3"]
     first, last = Question.of(parser.parse_args(asked)).cost(Ways(2, 2)).stages
-    assert (len(first.windows), first.mlp, first.left_mlp, first.carried_mlp) == (13, 2432, 2432 - 1600, 0)
-    assert (len(last.windows), last.mlp, last.left_mlp, last.carried_mlp) == (11, 2432, 0, 2432 - 1600)
-    assert first.mlp_rows == 12 * 2432 + 1600
+    assert (len(first.windows), first.mlp, first.left_mlp, first.carried_mlp) == (13, 2432, 2432 - 1760, 0)
+    assert (len(last.windows), last.mlp, last.left_mlp, last.carried_mlp) == (11, 2432, 0, 2432 - 1760)
+    assert first.mlp_rows == 12 * 2432 + 1760
 
 
 def test_int8_pages_and_float32_change_the_bytes(capsys: Capture, model: str) -> None:
