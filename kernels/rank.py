@@ -17,7 +17,7 @@ from kernels.peers import Peers, PeersBroken, Ring
 from kernels.tables import NativeTables
 
 _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
-_BROKEN, _NOT_PLAIN = 3, 4  # kBroken in csrc/peers.h, kNotPlain in csrc/rank.cpp
+_BROKEN, _NOT_PLAIN, _ANSWERED = 3, 4, 5  # kBroken in csrc/peers.h, the others in csrc/rank.cpp
 _SIGNATURES = {"quire_rank_run": (_INT, _ADDRESS, ctypes.c_char_p, _INT, _ADDRESS, _ADDRESS, ctypes.c_char_p, _INT)}
 
 
@@ -25,7 +25,8 @@ class _Rank(ctypes.Structure):
     """`quire::Rank` in csrc/exports.h."""
 
     _fields_ = [
-        *((name, _ADDRESS) for name in ("engine", "model", "tables", "tensor", "slice", "previous", "next", "pool")),
+        *((name, _ADDRESS) for name in ("engine", "model", "tables", "tensor", "slice")),
+        *((name, _ADDRESS) for name in ("previous", "next", "answers", "pool")),
         *((name, _INT) for name in ("layer_stride", "block_stride", "num_blocks")),
         ("windows", _ADDRESS),
         *((name, _INT) for name in ("num_windows", "column", "is_cut", "is_int8", "is_deterministic", "first_row")),
@@ -35,7 +36,11 @@ class _Rank(ctypes.Structure):
 
 
 class NativeRank:
-    """What a rank does plain plans with, for one epoch. One caller at a time, the one of `decoder`."""
+    """What a rank does plain plans with, for one epoch. One caller at a time, the one of `decoder`.
+
+    Attributes:
+        has_answered: the last plan's tokens have been sent, as a result.
+    """
 
     def __init__(
         self,
@@ -50,6 +55,7 @@ class NativeRank:
         slice: Peers | None = None,
         previous: Ring | None = None,
         next: Ring | None = None,
+        answers: Ring | None = None,
     ) -> None:
         """
         Args:
@@ -59,17 +65,18 @@ class NativeRank:
             column: of the pages.
             first_row: of the decoder's head, in the vocabulary.
             previous, next: from the stage before, to the stage behind.
+            answers: where results go, on a rank of the last stage that sends them.
         """
         shape, size = decoder.shape, pool.element_size()
         self._library = cpu.library(_SIGNATURES)
         self._peers = [each for each in (tensor, slice) if each is not None]
         windows = array("q", shape.windows)
         is_plain = (ctypes.c_char * len(plain)).from_buffer(plain)
-        self._keep = (decoder, tables, pool, windows, is_plain, previous, next)
+        self._keep = (decoder, tables, pool, windows, is_plain, previous, next, answers)
         self._rank = _Rank(
             *(decoder.engine, ctypes.addressof(decoder.model), tables.address),
             *(0 if each is None or each.size == 1 else ctypes.addressof(each.struct) for each in (tensor, slice)),
-            *(0 if each is None else ctypes.addressof(each.struct) for each in (previous, next)),
+            *(0 if each is None else ctypes.addressof(each.struct) for each in (previous, next, answers)),
             *(pool.data_ptr(), pool.stride(0) * size, pool.stride(1) * size, pool.shape[1]),
             *(windows.buffer_info()[0], len(windows), column),
             *(shape.is_cut, pool.dtype == torch.int8, decoder.deterministic, first_row),
@@ -80,6 +87,7 @@ class NativeRank:
         self._num_tokens = ctypes.c_int64()
         self._tokens = array("i")
         self._where = (0, 0)
+        self.has_answered = False
 
     def run(self, plan: bytes) -> array[int] | None:
         """Carry out a plan.
@@ -98,7 +106,8 @@ class NativeRank:
             self._where = (self._tokens.buffer_info()[0], ctypes.addressof(self._num_tokens))
         message = self._message
         code = self._library.quire_rank_run(self._at, plan, len(plan), *self._where, message, cpu.MESSAGE_BYTES)
-        if not code:
+        self.has_answered = code == _ANSWERED
+        if not code or self.has_answered:
             return self._tokens[: self._num_tokens.value]
         if code == _NOT_PLAIN:
             return None

@@ -341,40 +341,39 @@ def _exchange(backend: Native) -> tuple[float, float]:
 
 
 class _Timed:
-    """A model whose forward passes and heads are timed."""
+    """What a runner calls for a step, timed: some methods of some objects, the first of which is called once a step."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.seconds, self.steps = model, 0.0, 0
+    def __init__(self, runner: Runner) -> None:
+        self.seconds, self.steps = 0.0, 0
+        if runner.plain is not None:
+            self._wrap(runner.plain, "run", is_step=True)
+        self._wrap(runner.model, "forward", is_step=True)
+        self._wrap(runner.model, "head", is_step=False)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
+    def _wrap(self, owner: Any, name: str, *, is_step: bool) -> None:
+        call = getattr(owner, name)
 
-    def forward(self, *args: Any, **more: Any) -> Any:
-        self.steps += 1
-        return self._time(self.model.forward, *args, **more)
-
-    def head(self, *args: Any, **more: Any) -> Any:
-        return self._time(self.model.head, *args, **more)
-
-    def _time(self, call: Callable[..., Any], *args: Any, **more: Any) -> Any:
-        start = time.thread_time()
-        try:
-            return call(*args, **more)
-        finally:
+        def timed(*args: Any, **more: Any) -> Any:
+            start = time.thread_time()
+            found = call(*args, **more)
             self.seconds += time.thread_time() - start
+            self.steps += is_step and found is not None
+            return found
+
+        setattr(owner, name, timed)
 
 
 def _planning() -> tuple[float, float]:
     """(seconds of a step, seconds of a row) outside the model, from batches of a bundled one."""
     llm = LLM(resolve("story"), threads=1, num_gpu_blocks_override=1024, max_num_seqs=64)
     assert isinstance(llm.loop.pipe, Inline) and isinstance(llm.loop.pipe.runner, Runner)
-    runner = llm.loop.pipe.runner
+    timed = _Timed(llm.loop.pipe.runner)
     params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 
     def outside(rows: int) -> float:
         samples = []
         for _ in range(_SAMPLES):
-            timed = runner.model = _Timed(getattr(runner.model, "model", runner.model))  # type: ignore[assignment]
+            timed.seconds, timed.steps = 0.0, 0
             start = time.thread_time()
             llm.generate([[2 + row] for row in range(rows)], params)
             samples.append((time.thread_time() - start - timed.seconds) / timed.steps)

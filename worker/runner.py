@@ -33,7 +33,7 @@ Model: TypeAlias = Decoder | NativeModel | GpuModel
 
 # Prompt logprobs can ask for the logits of every token of a chunk; so many rows of them exist at a time.
 MAX_SCORE_ROWS = 64
-_AHEAD_BYTES = 8 << 20  # of weights, at most, that a stage asks for while it waits for rows or results
+_AHEAD_BYTES = 16 << 20  # of weights, at most, that a stage asks for while it waits for rows or results
 _MOST_VIEWS = 16  # more than the slots of two rings; messages over gloo come as new ones
 NOT_FINITE = "the model's logits are not finite at this position"
 NOTHING_LEFT = "no token is left to sample: biases and masks leave none finite"
@@ -61,6 +61,7 @@ class Runner:
     Attributes:
         part: what of the model this rank has; None is all of it.
         group: the other ranks of this epoch; None where there are none.
+        plain: what does plain plans in one native call; None where nothing does.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Runner:
         self._widths, self._fills_tokens = vocab_widths, fills_tokens
         self._open = OpenTokens()
         self._views: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}  # by the message's id
-        self._plain = self._make_plain(None)  # for plain plans; None where this rank has no native code for them
+        self.plain = self._make_plain(None)
 
     @property
     def answers(self) -> bool:
@@ -98,7 +99,7 @@ class Runner:
         self.tables.tables.fill(-1)
         self.group = group
         self._views.clear()
-        self._plain = self._make_plain(group)
+        self.plain = self._make_plain(group)
         if self.part is not None:
             self._open = OpenTokens(self.part.layout.pipeline, group.back if group is not None else None)
 
@@ -115,16 +116,17 @@ class Runner:
         Args:
             data: the plan as bytes, where the caller has them.
         """
-        if self._plain is not None and self._may_be_plain(plan):
-            tokens = self._run_plain(self._plain, data or encode_plan(plan))
+        if self.plain is not None and self._may_be_plain(plan):
+            tokens = self._run_plain(self.plain, data or encode_plan(plan))
             if tokens is not None:
                 return self._answer(plan.number, tokens)
         return self.carry_out(self.prepare(plan))
 
     def run_encoded(self, data: bytes) -> StepResult | None:
-        """`run` of a plan as bytes. Raises BadFrame where they are none, with nothing done."""
-        if self._plain is not None:
-            tokens = self._run_plain(self._plain, data)
+        """`run` of a plan as bytes, on a rank that is not the leader: it may have answered itself, and returns None
+        then, too. Raises BadFrame where they are none, with nothing done."""
+        if self.plain is not None:
+            tokens = self._run_plain(self.plain, data)
             if tokens is not None:
                 return self._answer(plan_number(data), tokens)
         plan = decode_plan(data)
@@ -156,6 +158,7 @@ class Runner:
             slice=group.slice,
             previous=previous,
             next=behind,
+            answers=group.results if self.answers else None,
         )
 
     def _may_be_plain(self, plan: Plan) -> bool:
@@ -174,8 +177,8 @@ class Runner:
             raise
 
     def _answer(self, number: PlanNumber, tokens: array[int]) -> StepResult | None:
-        """What `carry_out` says of a plan whose likeliest tokens these are."""
-        if not self.answers:
+        """What is left to say of a plain plan whose tokens these are."""
+        if not self.answers or (self.plain is not None and self.plain.has_answered):
             return None
         result = StepResult(number, tokens)
         if -1 in tokens:

@@ -42,6 +42,7 @@ struct Rank {
     const Tables* tables;
     Peers *tensor, *slice;  // null: this one alone
     Ring *previous, *next;  // the stages before and behind it; null where it is the first, or the last
+    Ring* answers;          // to the leader; null where this rank does not answer, or not in shared memory
     char* pool;
     int64_t layer_stride, block_stride, num_blocks;
     const int64_t* windows;
@@ -145,8 +146,8 @@ QUIRE_EXPORT void quire_tables_pages(const quire::Tables* tables, const quire::R
 
 // A rank's part of a plan, from the plan's bytes (worker/codec.py): table changes, all layers, hidden rows from stage to
 // stage, and on the last the head. Writes each sample entry's token, or -1 where a logit is not finite, and how many
-// there are: room for as many as the plan has bytes is enough. 4, with nothing but the table changes done, where the plan
-// is not plain or not right: it admits, copies or scores something, leaves tokens open, does not take the likeliest
-// tokens, or does not fit.
+// there are: room for as many as the plan has bytes is enough. 5 where the answer has been sent, too; a rank that can
+// does so where all logits are finite. 4, with nothing but the table changes done, where the plan is not plain or not
+// right: it admits, copies or scores something, leaves tokens open, does not take the likeliest tokens, or does not fit.
 QUIRE_EXPORT int64_t quire_rank_run(const quire::Rank* rank, const char* plan, int64_t bytes, int32_t* tokens,
                                     int64_t* num_tokens, char* message, int64_t size);

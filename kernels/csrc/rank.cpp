@@ -17,7 +17,7 @@
 namespace quire {
 namespace {
 
-constexpr int64_t kNotPlain = 4;
+constexpr int64_t kNotPlain = 4, kAnswered = 5;
 
 // In the order of the bytes; from kCopyFrom to kCopyTo, and from kScoreRow on, a plain plan has none.
 enum : int64_t {
@@ -25,7 +25,7 @@ enum : int64_t {
     kSampleSlot, kSamplePosition, kScoreRow, kScoreSlot, kScoreToken, kNumArrays
 };
 constexpr int64_t kByColumn = 3;  // table_blocks, copy_sources, copy_targets
-constexpr int64_t kHeadBytes = 8 + 4 * (kNumArrays + kByColumn + 1);
+constexpr int64_t kHeadBytes = 8 + 4 * (kNumArrays + kByColumn + 1), kResultBytes = 24;
 
 struct Ints {
     const int32_t* at;
@@ -159,6 +159,19 @@ int64_t sample(const Rank& rank, const Plain& plan, const Step& step, Scratch& s
     return 0;
 }
 
+// Sends the tokens as a result (worker/codec.py): the plan's number, how many, no logprobs, scores or failures, the
+// tokens. False where the ring is broken.
+bool answer(Ring& ring, int64_t number, const int32_t* tokens, int64_t count) {
+    char* const message = ring.slot();
+    if (!message) return false;
+    const uint32_t counts[4] = {(uint32_t)count, 0, 0, 0};
+    std::memcpy(message, &number, 8);
+    std::memcpy(message + 8, counts, sizeof counts);
+    std::memcpy(message + kResultBytes, tokens, 4 * (size_t)count);
+    ring.publish(number, kResultBytes + 4 * count);
+    return true;
+}
+
 int64_t run(const Rank& rank, const Plain& plan, int32_t* tokens, int64_t* num_tokens, char* message, int64_t size) {
     thread_local Scratch scratch;
     Step step{};
@@ -207,6 +220,11 @@ int64_t run(const Rank& rank, const Plain& plan, int32_t* tokens, int64_t* num_t
         *num_tokens = plan[kSampleRow].count;
     }
     if (rank.previous) rank.previous->release();
+    if (rank.answers && !rank.next && kResultBytes + 4 * *num_tokens <= rank.answers->capacity &&
+        std::all_of(tokens, tokens + *num_tokens, [](int32_t token) { return token >= 0; })) {
+        if (!answer(*rank.answers, plan.number, tokens, *num_tokens)) return kBroken;
+        return kAnswered;
+    }
     return 0;
 }
 

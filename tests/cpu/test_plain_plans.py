@@ -24,7 +24,7 @@ from pagetable.frames import BadFrame
 from pagetable.ids import PlanNumber, SequenceId
 from pagetable.sampling import SamplingParams
 from tests.models import make_model
-from worker.codec import encode_plan, plan_number
+from worker.codec import decode_result, encode_plan, plan_number
 from worker.kv_cache import PagedKVCache
 from worker.layout import Layout
 from worker.model_config import ModelConfig
@@ -90,18 +90,30 @@ class Shard:
                 memory = mmap.mmap(-1, Ring.num_bytes(2, rows))
                 self.ends[first + t].next = Ring(memory, 0, 2, rows)
                 self.ends[first + t + tensor].previous = Ring(memory, 0, 2, rows)
+        if layout.pipeline > 1:
+            memory = mmap.mmap(-1, Ring.num_bytes(2, rows))
+            for rank in (0, layout.num_ranks - tensor):
+                self.ends[rank].results = Ring(memory, 0, 2, rows)
         for runner, ends in zip(self.runners, self.ends, strict=True):
             runner.reset(ends)  # type: ignore[arg-type]
 
     def run(self, plan: Plan, *, encoded: bool) -> StepResult:
-        """All ranks' parts; what the one that answers says."""
+        """All ranks' parts, natively where that can be or step by step; what the one that answers says."""
 
         def part(runner: Runner) -> StepResult | None:
-            return runner.run_encoded(encode_plan(plan)) if encoded else runner.run(plan)
+            if encoded:
+                return runner.run_encoded(encode_plan(plan))
+            return runner.carry_out(runner.prepare(plan))
 
         with ThreadPoolExecutor(len(self.runners)) as threads:
-            (found,) = [each for each in threads.map(part, self.runners) if each is not None]
-        return found
+            found = [each for each in threads.map(part, self.runners) if each is not None]
+        if not found:
+            assert encoded and self.ends[0].results is not None
+            tag, data = self.ends[0].results.take()
+            assert tag == plan.number
+            found.append(decode_result(data))
+        assert len(found) == 1
+        return found[0]
 
     def state(self) -> list[Any]:
         """Tables and pages, as bits."""
@@ -214,7 +226,7 @@ def said(result: StepResult) -> tuple[int, list[int], dict[int, str]]:
 
 def watch(runner: Runner) -> list[bool]:
     """Whether each plan from now on is carried out natively."""
-    plain, seen = runner._plain, list[bool]()
+    plain, seen = runner.plain, list[bool]()
     assert plain is not None
     run = plain.run
 
@@ -322,16 +334,16 @@ def test_whoever_waits_hears_that_the_epoch_is_over(end: str, folder: Path) -> N
 
 
 def outcome(runner: Runner, data: bytes, *, natively: bool) -> Any:
-    plain = runner._plain
+    plain = runner.plain
     if not natively:
-        runner._plain = None
+        runner.plain = None
     try:
         result = runner.run_encoded(data)
         return None if result is None else said(result)
     except (BadFrame, InvariantBroken, ValueError, IndexError) as error:
         return type(error), str(error)
     finally:
-        runner._plain = plain
+        runner.plain = plain
 
 
 @pytest.fixture(scope="module")
