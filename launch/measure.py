@@ -36,11 +36,11 @@ _SAMPLES, _REPEATS = 7, 4
 _RESERVE = 2.5e8  # a rank's process with torch: PSS of 210 MB, measured, and stacks
 # assumed where only one host can be seen: gloo between two network namespaces of one machine, 0.24 ms and 1 GB/s
 _NETWORK_S, _NETWORK_RATE = 2.4e-4, 1.0e9
-_PLAN_S = 8e-5  # traced: a frame to a rank that sleeps, with caches as a step leaves them
+_PLAN_S = 4e-5  # traced: a message in shared memory, with caches as a step leaves them
 
 SOURCES = {
     "reserve_bytes": "a process with torch",
-    "plan_s": "not measured: a frame to a rank that sleeps",
+    "plan_s": "not measured: a message in shared memory",
     "float32_share": "not measured: registers hold half as many",
     "network_exchange_s": "not measured: gloo between two namespaces of one machine",
     "network_bytes_per_s": "not measured: the same",

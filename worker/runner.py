@@ -33,7 +33,7 @@ Model: TypeAlias = Decoder | NativeModel | GpuModel
 
 # Prompt logprobs can ask for the logits of every token of a chunk; so many rows of them exist at a time.
 MAX_SCORE_ROWS = 64
-_AHEAD_BYTES = 16 << 20  # of weights, at most, that a stage asks for while it waits for rows or results
+_AHEAD_BYTES = 16 << 20  # of weights, at most, that a stage asks for while it waits for the one before
 _MOST_VIEWS = 16  # more than the slots of two rings; messages over gloo come as new ones
 NOT_FINITE = "the model's logits are not finite at this position"
 NOTHING_LEFT = "no token is left to sample: biases and masks leave none finite"
@@ -143,10 +143,8 @@ class Runner:
         previous, behind = group.previous, group.next
         if not (isinstance(previous, Ring | None) and isinstance(behind, Ring | None)):
             return None
-        if group.owns_cores:
-            for ring in (previous, group.results if part.is_first else None):
-                if ring is not None:
-                    ring.read_ahead(*decoder.first_weights(_AHEAD_BYTES))
+        if previous is not None and group.owns_cores:
+            previous.read_ahead(*decoder.first_weights(_AHEAD_BYTES))
         return NativeRank(
             decoder,
             self.tables.native,
