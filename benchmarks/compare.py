@@ -260,7 +260,7 @@ HEAD = (
 
 
 def row(line: dict[str, Any]) -> str:
-    span = f"{line['ratio']:6.2f} ({line['ratio_low']:.2f}-{line['ratio_high']:.2f})"
+    span = f"{line['ratio']:.2f} ({line['ratio_low']:.2f}-{line['ratio_high']:.2f})"
     foreign = statistics.median(line["quire_foreign"] + line["theirs_foreign"])
     return (
         f"{line['case']:13} {line['peer']:12} {line['quire']:8.1f} {line['theirs']:8.1f} {span:>19}"
