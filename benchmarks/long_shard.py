@@ -119,6 +119,9 @@ class Shard:
             return hidden
 
         runner.model.forward = watched  # type: ignore[method-assign, assignment]
+        run_plain = runner.run_plain
+        # rows that are wanted must pass through here
+        runner.run_plain = lambda data: None if self.wanted else run_plain(data)  # type: ignore[method-assign]
 
     @property
     def cpu(self) -> float:

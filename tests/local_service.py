@@ -67,21 +67,42 @@ class Running:
 
 
 @asynccontextmanager
-async def running(model: str, *, place_seconds: float | None = None, **fields: Any) -> AsyncIterator[Running]:
+async def nothing_left(watched: list[Processes]) -> AsyncIterator[None]:
+    """On the way out: no process of `watched` that is not there now, no shared memory and no pipe."""
+    shm, pipes = set(os.listdir("/dev/shm")), files(os.getpid(), "pipe:")
+    before = set(Processes(os.getpid()).look())
+    yield
+    for processes in watched:
+        processes.known = {each for each in processes.known if each[0] not in before}
+    await until(lambda: not any(processes.left() for processes in watched))
+    assert set(os.listdir("/dev/shm")) <= shm
+    assert files(os.getpid(), "pipe:") <= pipes
+
+
+@asynccontextmanager
+async def running(
+    model: str, *, place_seconds: float | None = None, watched: list[Processes] | None = None, **fields: Any
+) -> AsyncIterator[Running]:
     """A service of two shards; `fields` are the engine's. On the way out: stopped, and nothing of it is left.
 
     Args:
         place_seconds: how long the front lets a stream wait for a shard that starts anew, where there is no other one.
+        watched: of `nothing_left`, where several services run at once and it is the caller's to ask.
     """
+    if watched is None:
+        watched = []
+        async with nothing_left(watched), running(model, place_seconds=place_seconds, watched=watched, **fields) as it:
+            yield it
+        return
     notes: list[str] = []
     config = ServeConfig(port=0, ray=False, drain_seconds=0.0)
     plan, _ = make_plan(config, EngineConfig(model, **{"data_parallel_size": 2, **SMALL, **fields}))
     if place_seconds is not None:
         plan = replace(plan, front={**plan.front, "limits": {"place_seconds": place_seconds}})
     service = LocalService(plan, notes.append)
-    shm, pipes = set(os.listdir("/dev/shm")), files(os.getpid(), "pipe:")
     processes = Processes(os.getpid())
-    before = set(processes.look())
+    watched.append(processes)
+    processes.look()
     await service.start()
     watch = asyncio.create_task(service.watch())
     ports = {"grpc": plan.front["port"], "metrics": plan.front["metrics_port"], "scheduler": plan.scheduler_port}
@@ -93,10 +114,6 @@ async def running(model: str, *, place_seconds: float | None = None, **fields: A
         watch.cancel()
         await asyncio.gather(watch, return_exceptions=True)
         await service.stop()
-    processes.known = {each for each in processes.known if each[0] not in before}
-    await until(lambda: not processes.left())
-    assert set(os.listdir("/dev/shm")) <= shm
-    assert files(os.getpid(), "pipe:") <= pipes
 
 
 def run(scenario: Coroutine[None, None, None]) -> None:

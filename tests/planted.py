@@ -21,17 +21,17 @@ if "worker" in sys.orig_argv:
             load = spec.loader.exec_module
             def exec_module(module):
                 load(module)
-                carry_out, run_plain = module.Runner.carry_out, module.Runner._run_plain
+                carry_out, run_plain = module.Runner.carry_out, module.Runner.run_plain
                 def act(self, plan):
                     if {where}:
                         {act}
                 def planted(self, prepared):
                     act(self, prepared.plan)
                     return carry_out(self, prepared)
-                def planted_plain(self, plain, data):
+                def planted_plain(self, data):
                     act(self, module.decode_plan(data))
-                    return run_plain(self, plain, data)
-                module.Runner.carry_out, module.Runner._run_plain = planted, planted_plain
+                    return run_plain(self, data)
+                module.Runner.carry_out, module.Runner.run_plain = planted, planted_plain
             spec.loader.exec_module = exec_module
             return spec
     sys.meta_path.insert(0, Finder())

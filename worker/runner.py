@@ -117,7 +117,7 @@ class Runner:
             data: the plan as bytes, where the caller has them.
         """
         if self.plain is not None and self._may_be_plain(plan):
-            tokens = self._run_plain(self.plain, data or encode_plan(plan))
+            tokens = self.run_plain(data or encode_plan(plan))
             if tokens is not None:
                 return self._answer(plan.number, tokens)
         return self.carry_out(self.prepare(plan))
@@ -125,12 +125,21 @@ class Runner:
     def run_encoded(self, data: bytes) -> StepResult | None:
         """`run` of a plan as bytes, on a rank that is not the leader: it may have answered itself, and returns None
         then, too. Raises BadFrame where they are none, with nothing done."""
-        if self.plain is not None:
-            tokens = self._run_plain(self.plain, data)
-            if tokens is not None:
-                return self._answer(plan_number(data), tokens)
-        plan = decode_plan(data)
-        return self.carry_out(self.prepare(plan))
+        tokens = self.run_plain(data)
+        if tokens is not None:
+            return self._answer(plan_number(data), tokens)
+        return self.carry_out(self.prepare(decode_plan(data)))
+
+    def run_plain(self, data: bytes) -> array[int] | None:
+        """The tokens of a plan that is plain; None, with nothing but its table changes done, where it is not."""
+        if self.plain is None:
+            return None
+        try:
+            return self.plain.run(data)
+        except PeersBroken:
+            if self.group is not None:  # it may be this rank that found the stage before at another plan
+                self.group.abort()
+            raise
 
     def _make_plain(self, group: Group | None) -> NativeRank | None:
         if self._native is None or self.tables.native is None or self._fills_tokens:
@@ -165,14 +174,6 @@ class Runner:
             return False
         is_last = self.part is None or self.part.is_last
         return not is_last or all(map(self.sampler.plain.__getitem__, plan.sample_slot))
-
-    def _run_plain(self, plain: NativeRank, data: bytes) -> array[int] | None:
-        try:
-            return plain.run(data)
-        except PeersBroken:
-            if self.group is not None:  # it may be this rank that found the stage before at another plan
-                self.group.abort()
-            raise
 
     def _answer(self, number: PlanNumber, tokens: array[int]) -> StepResult | None:
         """What is left to say of a plain plan whose tokens these are."""

@@ -92,7 +92,7 @@ def test_each_rank_stays_on_cores_of_its_own(model: Path, way: str) -> None:
         assert len(own) == len(follower) == 1 and not own & follower
         seen: list[set[int]] = []
         run = llm.loop.pipe._own_runner.run
-        llm.loop.pipe._own_runner.run = lambda plan: (seen.append(os.sched_getaffinity(0)), run(plan))[1]
+        llm.loop.pipe._own_runner.run = lambda *plan: (seen.append(os.sched_getaffinity(0)), run(*plan))[1]
         llm.generate(PROMPTS, SHORT)
         assert seen and all(each == own for each in seen)
         assert os.sched_getaffinity(0) == before  # the user's thread is the user's

@@ -15,10 +15,10 @@ import pytest
 
 from launch.llm import LLM
 from pagetable.sampling import SamplingParams
-from tests.local_service import LENGTH, SMALL, Running, finish, prompts, run, running
+from tests.local_service import LENGTH, SMALL, Running, finish, nothing_left, prompts, run, running
 from tests.models import make_model
 from tests.planted import plant
-from tests.serving import SECONDS, Stream, is_alive, until
+from tests.serving import SECONDS, Processes, Stream, is_alive, until
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"), pytest.mark.timeout(600)]
 COUNT, DRAWN = 4, 2  # streams, and how many of them draw their tokens
@@ -71,8 +71,10 @@ async def disturbed(it: Running, pid: int, number: signal.Signals, expected: lis
 def test_streams_outlive_each_rank(model: str, names: tuple[str, str], expected: list[list[int]]) -> None:
     """Of two services at a time, since most of this is waiting until a silent rank is given up."""
 
+    watched = list[Processes]()
+
     async def scenario(layout: dict[str, Any]) -> None:
-        async with running(model, **layout) as it:
+        async with running(model, watched=watched, **layout) as it:
             for victim in (1, 0):
                 for number in (signal.SIGKILL, signal.SIGSTOP):
                     pids = [it.worker(0, rank) for rank in range(2)]
@@ -84,7 +86,8 @@ def test_streams_outlive_each_rank(model: str, names: tuple[str, str], expected:
             assert sum("the worker of shard 0 ended by signal 9" in note for note in it.notes) == 2
 
     async def both() -> None:
-        await asyncio.gather(*(scenario(LAYOUTS[name]) for name in names))
+        async with nothing_left(watched):
+            await asyncio.gather(*(scenario(LAYOUTS[name]) for name in names))
 
     run(both())
 
