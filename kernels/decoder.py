@@ -251,6 +251,7 @@ class NativeDecoder:
     """Packed weights, a team of threads and the working memory of steps. One caller at a time.
 
     Attributes:
+        shape, deterministic: as given.
         model, engine: what native code gets.
     """
 

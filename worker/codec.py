@@ -6,7 +6,7 @@
 
 Little-endian throughout. A reader checks every length against what is there: bytes that end early or late, or that no
 encoder made, are a BadFrame. The format is private to one version: all ranks of a shard run the same. Native code reads
-plans, too (kernels/csrc/rank.cpp).
+plans and writes results, too (kernels/csrc/rank.cpp).
 """
 
 from __future__ import annotations

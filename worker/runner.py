@@ -173,7 +173,7 @@ class Runner:
         if plan.admits or plan.copy_from or plan.score_row:
             return False
         is_last = self.part is None or self.part.is_last
-        return not is_last or all(map(self.sampler.plain.__getitem__, plan.sample_slot))
+        return not is_last or self.sampler.are_plain(plan.sample_slot)
 
     def _answer(self, number: PlanNumber, tokens: array[int]) -> StepResult | None:
         """What is left to say of a plain plan whose tokens these are."""

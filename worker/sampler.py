@@ -130,9 +130,12 @@ class Sampler:
         self._top_k[slot] = p.top_k if 0 < p.top_k < self._vocab else self._vocab
         self.plain[slot] = not (self._edited[slot] or self._wants[slot] or self._min_tokens[slot] or p.temperature > 0)
 
+    def are_plain(self, slots: array[int]) -> bool:
+        return all(map(self.plain.__getitem__, slots))
+
     def takes_likeliest(self, slots: array[int]) -> bool:
         """Whether every one of these slots takes the token of its largest logit as it is, and no log probability."""
-        if all(map(self.plain.__getitem__, slots)):
+        if self.are_plain(slots):
             return True
         where = np.array(slots, np.int64)
         edited = self._edited[where] | (self._num_outputs[where] < self._min_tokens[where])
@@ -140,7 +143,7 @@ class Sampler:
 
     def count(self, slots: array[int]) -> None:
         """Each of these slots took its largest logit's token as its next output."""
-        if all(map(self.plain.__getitem__, slots)):
+        if self.are_plain(slots):
             return  # nobody asks how many outputs they have
         self._num_outputs[np.array(slots, np.int64)] += 1
 

@@ -178,9 +178,8 @@ int64_t run(const Rank& rank, const Plain& plan, int32_t* tokens, int64_t* num_t
     if (!is_plain(rank, plan) || !prepare(rank, plan, scratch, step)) return kNotPlain;
     const int64_t numbers = step.num_tokens * rank.model->hidden, bytes = numbers * 4;
     const bool is_carried = rank.model->carried.norm;
-    const auto says_too_long = [&](const char* what, int64_t got, int64_t most) {
-        std::snprintf(message, (size_t)size, "%s: got %lld bytes for a step of %lld tokens, must be %lld", what,
-                      (long long)got, (long long)step.num_tokens, (long long)most);
+    const auto refuse = [&](const char* text, int64_t got, int64_t needed) {
+        std::snprintf(message, (size_t)size, text, (long long)got, (long long)step.num_tokens, (long long)needed);
         return int64_t{1};
     };
     const float* given = nullptr;
@@ -194,14 +193,18 @@ int64_t run(const Rank& rank, const Plain& plan, int32_t* tokens, int64_t* num_t
                           (long long)plan.number);
             return kBroken;
         }
-        if (got != bytes * (1 + is_carried)) return says_too_long("hidden rows", got, bytes * (1 + is_carried));
+        if (got != bytes * (1 + is_carried))
+            return refuse("hidden rows: got %lld bytes for a step of %lld tokens, must be %lld", got,
+                          bytes * (1 + is_carried));
         given = reinterpret_cast<const float*>(head + Ring::kLine);
         // the lines are in another core's cache, from where one after the other takes 0.4 us each
         for (int64_t at = 0; at < got; at += 64) __builtin_prefetch(head + Ring::kLine + at, 0, 2);
     }
     if (rank.next) {
         const int64_t needed = bytes * (1 + rank.is_cut);
-        if (needed > rank.next->capacity) return says_too_long("ring", rank.next->capacity, needed);
+        if (needed > rank.next->capacity)
+            return refuse("ring: a slot holds %lld bytes, hidden rows of a step of %lld tokens have %lld; give it larger "
+                          "slots, or the step fewer tokens", rank.next->capacity, needed);
         step.hidden = reinterpret_cast<float*>(rank.next->slot());
         if (!step.hidden) return kBroken;
     } else {

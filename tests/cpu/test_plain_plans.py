@@ -319,6 +319,23 @@ def test_hidden_rows_of_another_plan_break_the_epoch(folder: Path) -> None:
     assert shard.ends[1].is_aborted and not shard.ends[0].is_aborted
 
 
+def test_hidden_rows_of_another_size_are_refused(folder: Path) -> None:
+    shard = Shard(folder, Layout(1, 2), torch.float32)
+    books = Books(random.Random(2), shard.layout)
+    books.lengths[0], books.pages[0], books.greedy[0] = 0, [], True
+    plan = plan_of(1, shard.layout)
+    books._row(plan, 0, 3, samples=True)
+    ring = shard.ends[0].next
+    assert ring is not None
+    ring.slot()
+    ring.publish(1, 12)
+    with pytest.raises(ValueError, match="hidden rows: got 12 bytes for a step of 3 tokens, must be "):
+        shard.runners[1].run_encoded(encode_plan(plan))
+    ring.struct.capacity = 100
+    with pytest.raises(ValueError, match="ring: a slot holds 100 bytes, hidden rows of a step of 3 tokens have "):
+        shard.runners[0].run_encoded(encode_plan(plan))
+
+
 @pytest.mark.parametrize("end", ["tensor", "previous", "next"])
 def test_whoever_waits_hears_that_the_epoch_is_over(end: str, folder: Path) -> None:
     shard = Shard(folder, Layout(2, 2), torch.float32)
