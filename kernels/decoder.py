@@ -274,7 +274,7 @@ class NativeDecoder:
             embedding: [vocab, hidden] of `dtype`, contiguous; read where it lies. None behind the first stage.
             norm: float32 [hidden], of the last norm. None before the last stage, which alone has a head.
             frequencies: float64 [head_dim / 2].
-            threads: that work on a step, the caller's included.
+            threads: that work on a step, the caller's included; as many on all ranks of a `tensor` group.
             deterministic: sum every row in one order, whatever the batch, the chunk and the number of threads.
         """
         library = cpu.library(_SIGNATURES)

@@ -27,6 +27,7 @@ from kernels import cpu
 
 LINE, PAGE = 64, 4096  # bytes
 BEST_BYTES = 3 * 4  # of a row in `Peers.best`: token, value, total
+MEETING_BYTES, BANDS = 2 * LINE, 15  # of a quire::Meeting; of a turn, at most
 
 _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
 _BROKEN = 3  # kBroken in csrc/peers.h
@@ -46,7 +47,8 @@ class PeersStruct(ctypes.Structure):
         *((name, _INT) for name in ("rank", "size")),
         ("regions", _ADDRESS),
         *((name, _INT) for name in ("capacity", "turn", "reads_ahead")),
-        *((name, _ADDRESS) for name in ("context", "exchange")),
+        *((name, _ADDRESS) for name in ("context", "exchange", "bands")),
+        ("num_bands", _INT),
     ]
 
 
@@ -151,7 +153,10 @@ class Peers(ABC):
 
 
 class SharedPeers(Peers):
-    """Ranks of one host, in shared memory: a page for the meeting, then 2 * size regions of whole pages."""
+    """Ranks of one host, in shared memory: a page for their meetings, then 2 * size regions of whole pages.
+
+    The first meeting is that of exchanges, the others are those of the bands of a long step's sums.
+    """
 
     def __init__(self, memory: Memory, offset: int, rank: int, size: int, capacity: int) -> None:
         """Join the group that lies at `offset` of the memory; all ranks give the same size and capacity.
@@ -170,6 +175,7 @@ class SharedPeers(Peers):
         self._keep = (place, _Member(self._meeting, size))
         self.struct.context = ctypes.addressof(self._keep[1])
         self.struct.exchange = ctypes.cast(library.quire_shared_exchange, _ADDRESS)
+        self.struct.bands, self.struct.num_bands = self._meeting + MEETING_BYTES, BANDS
 
     @staticmethod
     def num_bytes(size: int, capacity: int) -> int:
@@ -177,7 +183,8 @@ class SharedPeers(Peers):
         return PAGE + 2 * size * _whole(capacity, PAGE)
 
     def abort(self) -> None:
-        self._library.quire_count_fail(self._meeting)
+        for meeting in range(1 + BANDS):
+            self._library.quire_count_fail(self._meeting + meeting * MEETING_BYTES)
 
     @property
     def is_broken(self) -> bool:

@@ -134,9 +134,7 @@ def _parsed(line: str) -> Mapping[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def rank_settings(
-    spec: ShardSpec, threads: int, secret: bytes, leader: tuple[str, int], pin: bool = False
-) -> list[dict[str, Any]]:
+def rank_settings(spec: ShardSpec, secret: bytes, leader: tuple[str, int], pin: bool = False) -> list[dict[str, Any]]:
     """What `python -m worker` gets for each rank behind the first.
 
     Args:
@@ -149,7 +147,7 @@ def rank_settings(
         "shard": dataclasses.asdict(spec.config),
         "layout": dataclasses.asdict(spec.layout),
         "ways": dataclasses.asdict(spec.ways),
-        "threads": threads,
+        "threads": spec.threads,
         "pin": pin,
         "secret": secret.hex(),
         "leader": list(leader),

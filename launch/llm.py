@@ -333,19 +333,27 @@ class LLM:
 
     def _load(self, folder: Path, progress: RankProgress | None) -> Loop:
         plan, config = self.plan, self.config
+        threads = config.num_threads
         spec = ShardSpec(
-            folder, self.model_config, plan.shard, plan.dtype, config.layout, ways=config.ways, device=plan.device
+            folder,
+            self.model_config,
+            plan.shard,
+            plan.dtype,
+            config.layout,
+            ways=config.ways,
+            device=plan.device,
+            threads=threads,
         )
         own = None if progress is None else partial(progress, 0)
         if config.layout.num_ranks == 1:
-            return make_loop(spec, make_pipe(spec, build_runner(spec, 0, config.num_threads, own)))
-        secret, threads = secrets.token_bytes(32), config.num_threads
+            return make_loop(spec, make_pipe(spec, build_runner(spec, 0, own)))
+        secret = secrets.token_bytes(32)
         pin = config.pins(config.layout.num_ranks, threads)
         if pin:
             self.cores = Cores.claim(threads)
         ranks = make_ranks(spec, secret, self.cores)
         self._crew = crew = Crew(
-            rank_settings(spec, threads, secret, ranks.listen("127.0.0.1", 0), pin),
+            rank_settings(spec, secret, ranks.listen("127.0.0.1", 0), pin),
             rank_environment(threads),
             progress,
             ranks.close,
@@ -353,7 +361,7 @@ class LLM:
         weakref.finalize(self, crew.close)
         try:
             with self.cores.hold():
-                ranks.runner = build_runner(spec, 0, threads, own)
+                ranks.runner = build_runner(spec, 0, own)
             ranks.begin(1)
         except EpochOver:
             raise crew.failure or RequestFailed("the engine's ranks did not come together") from None

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,16 @@ class Hosts:
     @contextmanager
     def loop(self, spec: ShardSpec, threads: int = 1) -> Iterator[tuple[Loop, Ranks | None]]:
         """A shard of this layout: its loop, and its ranks where there are several."""
+        spec = replace(spec, threads=threads)
         if spec.layout.num_ranks == 1:
-            yield make_loop(spec, make_pipe(spec, build_runner(spec, 0, threads))), None
+            yield make_loop(spec, make_pipe(spec, build_runner(spec, 0))), None
             return
         ranks = make_ranks(spec, SECRET)
-        settings = self._settings = rank_settings(spec, threads, SECRET, ranks.listen("127.0.0.1", 0))
+        settings = self._settings = rank_settings(spec, SECRET, ranks.listen("127.0.0.1", 0))
         processes = self.need(len(settings))
         for process, each in zip(processes, settings, strict=True):
             _tell(process, each)
-        ranks.runner = build_runner(spec, 0, threads)
+        ranks.runner = build_runner(spec, 0)
         try:
             for process in processes:
                 assert _heard(process) == "is"

@@ -77,6 +77,7 @@ def _spec(settings: dict[str, Any]) -> Any:
         settings["device_id"],
         Ways(**settings.get("ways", {})),
         settings.get("device", "cpu"),
+        settings["threads"],
     )
 
 
@@ -100,9 +101,7 @@ def _follow(settings: dict[str, Any]) -> int:
         os._exit(1)
 
     where = settings.get("host", "")
-    rank = build_rank(
-        _spec(settings), settings["rank"], settings["threads"], secret, (host, port), where, _loading, fenced, cores
-    )
+    rank = build_rank(_spec(settings), settings["rank"], secret, (host, port), where, _loading, fenced, cores)
     signal.signal(signal.SIGTERM, lambda *_: rank.stop())
     threading.Thread(target=_await_end, name="keeper", daemon=True).start()
     threading.Thread(target=_beat, name="beat", daemon=True).start()
@@ -117,18 +116,18 @@ def _build(settings: dict[str, Any]) -> Any:
     from worker.shard import build_runner, make_loop, make_pipe, make_ranks, page_identity
 
     spec = _spec(settings)
-    secret, threads, epoch = bytes.fromhex(settings["secret"]), settings["threads"], settings["epoch"]
+    secret, epoch = bytes.fromhex(settings["secret"]), settings["epoch"]
     ranks = None
     if spec.layout.num_ranks > 1:
-        ranks = make_ranks(spec, secret, Cores.claim(threads) if settings.get("pin") else None)
+        ranks = make_ranks(spec, secret, Cores.claim(spec.threads) if settings.get("pin") else None)
         ranks.step_seconds = STEP_PART * settings["step_limit"]
         ranks.listen(*settings["leader"])
         with ranks.cores.hold():
-            ranks.runner = build_runner(spec, 0, threads, _loading)
+            ranks.runner = build_runner(spec, 0, _loading)
         epoch = ranks.begin(epoch)
         loop = make_loop(spec, ranks)
     else:
-        loop = make_loop(spec, make_pipe(spec, build_runner(spec, 0, threads, _loading)))
+        loop = make_loop(spec, make_pipe(spec, build_runner(spec, 0, _loading)))
     config, model = spec.config, spec.model
     info = pb.ShardInfo(
         shard_id=settings["shard_id"],

@@ -47,6 +47,7 @@ class ShardSpec:
         first_device: what the entries of its block tables name: this one and the next, one for each stage and group.
         ways: how its ranks talk to each other.
         device: what it runs on: "cpu", or "cuda", the first GPU that its process sees.
+        threads: that work on a step, of each rank; they decide in what bands ranks sum the rows of a long one.
     """
 
     folder: Path
@@ -57,11 +58,13 @@ class ShardSpec:
     first_device: int = 0
     ways: Ways = field(default_factory=Ways)
     device: str = "cpu"
+    threads: int = 1
 
     @property
     def identity(self) -> bytes:
         """Ranks with another one cannot work together."""
-        return sha256(repr((self.model, self.config, self.dtype, self.layout, self.ways)).encode()).digest()
+        same = self.model, self.config, self.dtype, self.layout, self.ways, self.threads
+        return sha256(repr(same).encode()).digest()
 
     @property
     def devices(self) -> list[int]:
@@ -120,8 +123,8 @@ def build_loop(
         threads: that work on a step.
         progress: called with (bytes done, bytes in all) while weights load.
     """
-    spec = ShardSpec(folder, model, config, dtype, first_device=device_id)
-    return make_loop(spec, make_pipe(spec, build_runner(spec, 0, threads, progress)))
+    spec = ShardSpec(folder, model, config, dtype, first_device=device_id, threads=threads)
+    return make_loop(spec, make_pipe(spec, build_runner(spec, 0, progress)))
 
 
 def make_pipe(spec: ShardSpec, runner: Runner) -> Inline | Threaded:
@@ -143,7 +146,7 @@ def make_loop(spec: ShardSpec, pipe: Pipe) -> Loop:
     return Loop(ShardScheduler(spec.config, PagePool(columns), identity), pipe)
 
 
-def build_runner(spec: ShardSpec, rank: int, threads: int, progress: Progress | None = None) -> Runner:
+def build_runner(spec: ShardSpec, rank: int, progress: Progress | None = None) -> Runner:
     """A rank's weights, pages, tables and sampler."""
     model, config, layout = spec.model, spec.config, spec.layout
     part = layout.part(model, rank)
@@ -154,7 +157,7 @@ def build_runner(spec: ShardSpec, rank: int, threads: int, progress: Progress | 
         model,
         weights,
         kind,
-        threads,
+        spec.threads,
         progress,
         part=part,
         deterministic=config.deterministic,
@@ -199,7 +202,6 @@ def make_ranks(spec: ShardSpec, secret: bytes, cores: Cores | None = None) -> Ra
 def build_rank(
     spec: ShardSpec,
     rank: int,
-    threads: int,
     secret: bytes,
     leader: tuple[str, int],
     host: str = "",
@@ -209,7 +211,7 @@ def build_rank(
 ) -> Rank:
     """A rank that follows. See `worker.rank.Rank`."""
     part = spec.layout.part(spec.model, rank)
-    runner = build_runner(spec, rank, threads, progress)
+    runner = build_runner(spec, rank, progress)
     return Rank(part, runner, spec.sizes(), spec.identity, secret, leader, host, spec.ways, on_fence, cores=cores)
 
 

@@ -67,14 +67,7 @@ int64_t quire_exchange(quire::Peers* peers, int64_t bytes) { return quire::excha
 
 int64_t quire_shared_exchange(void* context, int64_t, int64_t, const quire::Ahead* ahead) {
     const auto& member = *static_cast<const quire::Member*>(context);
-    quire::Meeting& meeting = *member.meeting;
-    const uint32_t passed = meeting.passed.now();
-    if (meeting.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == (uint32_t)member.size) {
-        meeting.arrived.store(0, std::memory_order_relaxed);
-        meeting.passed.advance();
-        return meeting.passed.is_broken() ? quire::kBroken : 0;
-    }
-    return meeting.passed.await(passed + 1, *ahead);
+    return member.meeting->passed.await(member.meeting->come(member.size), *ahead);
 }
 
 int64_t quire_best_of_ranks(quire::Peers* peers, int64_t rows, int32_t* tokens, float* values, float* totals) {

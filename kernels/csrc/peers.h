@@ -18,8 +18,14 @@ struct Ahead {
     int64_t bytes = 0;
 };
 
+struct Meeting;
+
 // A group of ranks as one of them sees it; mirrored by peers.py. `exchange` returns 0 when all ranks are there and the
 // first `bytes` of all regions of the parity can be read, which stays so until the next exchange begins.
+//
+// A long turn can be done in bands, each of a part of the bytes, where all ranks cut them alike: a rank comes to a band's
+// meeting when its part is there, and goes on; it waits there when it reads the others' parts. It has waited at all
+// bands of a turn before its next one begins, or at each band of the turn before it comes to the same band of the next.
 struct Peers {
     int64_t rank, size;
     char* const* regions;  // [2][size]
@@ -28,6 +34,8 @@ struct Peers {
     int64_t reads_ahead;   // this rank's cores are its own: while it waits it keeps nobody from them
     void* context;
     int64_t (*exchange)(void* context, int64_t parity, int64_t bytes, const Ahead* ahead);
+    Meeting* bands;
+    int64_t num_bands;  // 0: none
 
     // The regions of the turn to come, or of the one behind it; and those to read of the last one.
     char* const* turn_regions(int64_t ahead = 0) const { return regions + (turn + ahead) % 2 * size; }
@@ -63,6 +71,16 @@ private:
 struct Meeting {
     SharedCount passed;
     alignas(64) std::atomic<uint32_t> arrived;
+
+    // Comes, the first of `size` ranks or the last; what to wait for at `passed`, before coming again.
+    uint32_t come(int64_t size) {
+        const uint32_t all_there = passed.now() + 1;  // not before this one has come
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == (uint32_t)size) {
+            arrived.store(0, std::memory_order_relaxed);
+            passed.advance();
+        }
+        return all_there;
+    }
 };
 
 // Messages from one producer to one consumer through slots in shared memory, as one of the two sees them; mirrored by

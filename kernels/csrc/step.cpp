@@ -9,6 +9,9 @@
 //
 // Every thread runs the same sequence of phases. A phase's work is claimed in pieces and ends at a barrier; rows so few
 // that a barrier would cost more are prepared by each thread for itself.
+//
+// Ranks that sum do so band by band where a step has many rows: a rank goes on with the next band while the others come
+// to this one, so that it waits for who is late by most of a product, not for who is late at all.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -32,7 +35,7 @@ constexpr int64_t kStreamRows = 64;   // up to so many rows a product is dealt o
 constexpr int64_t kBlockRows = 192;   // rows of a block otherwise: its left side stays in a core's own cache
 constexpr int64_t kBlockPanels = 4;
 constexpr int64_t kRowsPerClaim = 8;
-constexpr int64_t kPhases = 14;       // of a layer, at most
+constexpr int64_t kPhases = 14;       // of a layer and a band, at most
 
 // Bytes of weights to ask for before their turn: ahead of attention, while ranks wait for each other, and ahead of the
 // sum of what they gave.
@@ -149,9 +152,14 @@ public:
         }
         for (int64_t layer = 0; layer < model.num_layers; layer++)
             pools_.push_back({step.pool + layer * step.layer_stride, step.block_stride, step.num_blocks});
+        // alike on all ranks, so by the threads of the team and not by those that it runs with at the moment
+        const int64_t most = step.tensor ? std::max<int64_t>(1, step.tensor->num_bands) : 1;
+        const int64_t bands = std::min(divide_up(tokens_, kBlockRows * team_.capacity()), most);
+        for (int64_t band = 0; band < bands; band++)
+            bands_.push_back({tokens_ * band / bands, tokens_ * (band + 1) / bands, 0});
     }
 
-    int64_t num_phases() const { return kPhases * (model_.num_layers + 1); }
+    int64_t num_phases() const { return kPhases * (int64_t)bands_.size() * (model_.num_layers + 1); }
     bool failed() const { return failed_.load(); }
     bool broken() const { return broken_.load(); }
     const std::vector<Call>& calls() const { return calls_; }
@@ -161,34 +169,62 @@ public:
         char* const scratch = thread_scratch(level_.scratch_bytes);
         if (!scratch) failed_.store(true);
         start(phase);
+        Sum due{};
         if (model_.carried.norm) {
-            if (!feed_forward(thread, phase, model_.carried, step_.hidden, End::kAdd, behind(-1))) return;
-            rows(phase, [&](int64_t row) {
-                kernels_.add(step_.partial_in + row * model_.hidden, model_.hidden, step_.hidden + row * model_.hidden);
-            });
+            due = {step_.hidden, End::kAdd, &behind(-1)};
+            for (Band& band : bands_) feed_forward(thread, phase, band, model_.carried, due);
+            for (Band& band : bands_) {
+                if (!finish(thread, phase, band, due)) return;
+                rows(phase, band, [&](int64_t row) {
+                    kernels_.add(step_.partial_in + row * model_.hidden, model_.hidden,
+                                 step_.hidden + row * model_.hidden);
+                });
+            }
+            due = {};
         }
         for (int64_t index = 0; index < model_.num_layers; index++) {
             const Layer& layer = model_.layers[index];
-            const Left left = normed(thread, phase, layer.input_norm);
-            multiply(thread, phase, left, layer.qkv, End::kStore, qkv_, nullptr, qkv_columns_);
-            fetch(thread, layer.o, kFetchIdle);
-            rotate(phase, layer, index);
+            for (Band& band : bands_) {
+                if (!finish(thread, phase, band, due)) return;
+                const Left left = normed(thread, phase, band, layer.input_norm);
+                multiply(thread, phase, band, left, layer.qkv, End::kStore, qkv_, nullptr, qkv_columns_);
+                fetch(thread, layer.o, kFetchIdle);
+                rotate(phase, band, layer, index);
+            }
             if (step_.slice && !gather_queries(thread, phase, layer.o)) return;
             attend(phase, layer, index, scratch);
             if (step_.slice && !merge_groups(thread, phase, layer.o)) return;
-            if (!sum(thread, phase, attended_left(thread, phase), layer.o, step_.hidden, End::kAdd, layer.mlp.gate_up))
-                return;
+            due = {step_.hidden, End::kAdd, &layer.mlp.gate_up};
+            for (Band& band : bands_) begin(thread, phase, band, attended_left(thread, phase, band), layer.o, due);
             const bool is_cut = step_.partial_out && index + 1 == model_.num_layers;
-            if (!feed_forward(thread, phase, layer.mlp, is_cut ? step_.partial_out : step_.hidden,
-                              is_cut ? End::kStore : End::kAdd, behind(index)))
-                return;
+            const Sum units{is_cut ? step_.partial_out : step_.hidden, is_cut ? End::kStore : End::kAdd, &behind(index)};
+            for (Band& band : bands_) {
+                if (!finish(thread, phase, band, due)) return;
+                feed_forward(thread, phase, band, layer.mlp, units);
+            }
+            due = units;
         }
+        for (Band& band : bands_)
+            if (!finish(thread, phase, band, due)) return;
     }
 
 private:
     struct Left {
         const char* at;
         int64_t row;  // words
+    };
+
+    // Rows that are summed together.
+    struct Band {
+        int64_t begin, end;
+        uint32_t all_there;  // of its last meeting
+    };
+
+    // What the sums over the ranks of a product's bands become, and what is multiplied then.
+    struct Sum {
+        float* to;  // [tokens][hidden]; null: there is none
+        End end;    // kStore or kAdd
+        const Matrix* next;
     };
 
     // What is multiplied behind a layer: the next one's first matrix, or the head; empty where that is another stage's.
@@ -225,15 +261,22 @@ private:
         return call;
     }
 
-    // body(row) for all tokens, a few at a time.
+    // body(row) for all tokens of a band, a few at a time.
     template <class Body>
-    void rows(int64_t& phase, Body body) {
-        const int64_t some = std::clamp<int64_t>(tokens_ / (4 * team_.size()), 1, kRowsPerClaim);
-        const int64_t pieces = divide_up(tokens_, some);
+    void rows(int64_t& phase, const Band& band, Body body) {
+        const int64_t count = band.end - band.begin;
+        const int64_t some = std::clamp<int64_t>(count / (4 * team_.size()), 1, kRowsPerClaim);
+        const int64_t pieces = divide_up(count, some);
         Counter& counter = team_.counter(phase++);
         for (int64_t piece; (piece = counter.claim(pieces)) < pieces;)
-            for (int64_t row = piece * some; row < std::min(tokens_, (piece + 1) * some); row++) body(row);
+            for (int64_t row = piece * some; row < std::min(count, (piece + 1) * some); row++) body(band.begin + row);
         team_.barrier();
+    }
+
+    // The same for all tokens.
+    template <class Body>
+    void rows(int64_t& phase, Body body) {
+        rows(phase, Band{0, tokens_, 0}, body);
     }
 
     void start(int64_t& phase) {
@@ -251,35 +294,35 @@ private:
         });
     }
 
-    // The left side of a product: body(row, to) for all rows, each thread for itself where they are few.
+    // The left side of a product: body(row, to) for all rows of a band, each thread for itself where they are few.
     template <class Body>
-    Left prepare(int64_t thread, int64_t& phase, int64_t columns, Body body) {
+    Left prepare(int64_t thread, int64_t& phase, const Band& band, int64_t columns, Body body) {
         const int64_t row_size = row_words(divide_up(columns, per_word_));
         if (tokens_ <= kOwnRows) {
             char* const own = engine_.own_[thread].take(0);
             for (int64_t row = 0; row < tokens_; row++) body(row, own + row * row_size * 4);
             return {own, row_size};
         }
-        rows(phase, [&](int64_t row) { body(row, left_ + row * row_size * 4); });
+        rows(phase, band, [&](int64_t row) { body(row, left_ + row * row_size * 4); });
         return {left_, row_size};
     }
 
-    Left normed(int64_t thread, int64_t& phase, const float* weight) {
-        return prepare(thread, phase, model_.hidden, [&](int64_t row, char* to) {
+    Left normed(int64_t thread, int64_t& phase, const Band& band, const float* weight) {
+        return prepare(thread, phase, band, model_.hidden, [&](int64_t row, char* to) {
             kernels_.norm(step_.hidden + row * model_.hidden, weight, model_.eps, model_.hidden, to);
         });
     }
 
-    Left attended_left(int64_t thread, int64_t& phase) {
-        return prepare(thread, phase, q_columns_, [&](int64_t row, char* to) {
+    Left attended_left(int64_t thread, int64_t& phase, const Band& band) {
+        return prepare(thread, phase, band, q_columns_, [&](int64_t row, char* to) {
             kernels_.convert(attended_ + row * q_columns_, q_columns_, to);
         });
     }
 
-    void multiply(int64_t thread, int64_t& phase, Left left, const Matrix& matrix, End end, float* out, char* words,
-                  int64_t out_row) {
+    void multiply(int64_t thread, int64_t& phase, const Band& band, Left left, const Matrix& matrix, End end, float* out,
+                  char* words, int64_t out_row) {
         const Product product{left.at, left.row, matrix, end, out, words, out_row, nullptr};
-        deal(team_, phase++, thread, kernels_, product, tokens_);
+        deal(team_, phase++, thread, kernels_, product, band.begin, band.end);
         team_.barrier();
     }
 
@@ -300,20 +343,20 @@ private:
     }
 
 public:
-    // All panels and rows of a product, dealt out to the threads that call this.
+    // All panels and some rows of a product, dealt out to the threads that call this.
     static void deal(Team& team, int64_t phase, int64_t thread, const StepKernels& kernels, const Product& product,
-                     int64_t rows) {
-        const int64_t panels = divide_up(product.matrix.columns, kPanel);
+                     int64_t begin, int64_t end) {
+        const int64_t panels = divide_up(product.matrix.columns, kPanel), rows = end - begin;
         if (rows <= kStreamRows) {
             team.share(phase, thread, panels,
-                       [&](int64_t panel) { kernels.product(product, panel, panel + 1, 0, rows); });
+                       [&](int64_t panel) { kernels.product(product, panel, panel + 1, begin, end); });
             return;
         }
         const int64_t blocks = divide_up(rows, kBlockRows), parts = divide_up(panels, kBlockPanels);
         team.share(phase, thread, blocks * parts, [&](int64_t piece) {
             const int64_t block = piece / parts, part = piece % parts;
-            kernels.product(product, panels * part / parts, panels * (part + 1) / parts, rows * block / blocks,
-                            rows * (block + 1) / blocks);
+            kernels.product(product, panels * part / parts, panels * (part + 1) / parts, begin + rows * block / blocks,
+                            begin + rows * (block + 1) / blocks);
         });
     }
 
@@ -331,31 +374,52 @@ private:
         return !broken_.load();
     }
 
-    // The units of an MLP: `end` says what becomes of their sums, `next` what is multiplied then. False: a broken group.
-    bool feed_forward(int64_t thread, int64_t& phase, const Mlp& mlp, float* to, End end, const Matrix& next) {
-        const Left left = normed(thread, phase, mlp.norm);
-        multiply(thread, phase, left, mlp.gate_up, End::kSwish, nullptr, act_, act_row_ * per_word_);
-        return sum(thread, phase, Left{act_, act_row_}, mlp.down, to, end, next);
+    // Waits for all ranks at a band's meeting. False: a broken group.
+    bool meet(int64_t thread, Peers& peers, const Band& band) {
+        if (thread == 0) {
+            const auto began = std::chrono::steady_clock::now();
+            if (peers.bands[&band - bands_.data()].passed.await(band.all_there)) broken_.store(true);
+            team_.waited(std::chrono::steady_clock::now() - began);
+        }
+        team_.barrier(true);
+        return !broken_.load();
     }
 
-    // left * matrix, stored to or added to `to` [tokens][hidden], summed over the ranks in their order: so all have the
-    // same bits. False: a broken group.
-    bool sum(int64_t thread, int64_t& phase, Left left, const Matrix& matrix, float* to, End end, const Matrix& next) {
+    // Begins the sum of an MLP's units.
+    void feed_forward(int64_t thread, int64_t& phase, Band& band, const Mlp& mlp, const Sum& sum) {
+        const Left left = normed(thread, phase, band, mlp.norm);
+        multiply(thread, phase, band, left, mlp.gate_up, End::kSwish, nullptr, act_, act_row_ * per_word_);
+        begin(thread, phase, band, Left{act_, act_row_}, mlp.down, sum);
+    }
+
+    // This rank's part of left * matrix; all of it where the rank is alone. Bands come in their order.
+    void begin(int64_t thread, int64_t& phase, Band& band, Left left, const Matrix& matrix, const Sum& sum) {
         if (!step_.tensor) {
-            multiply(thread, phase, left, matrix, end, to, nullptr, model_.hidden);
-            return true;
+            multiply(thread, phase, band, left, matrix, sum.end, sum.to, nullptr, model_.hidden);
+            return;
         }
         Peers& peers = *step_.tensor;
         float* const own = reinterpret_cast<float*>(peers.turn_regions()[peers.rank]);
-        multiply(thread, phase, left, matrix, End::kStore, own, nullptr, model_.hidden);
-        if (!exchange(thread, peers, tensor_bytes(model_, tokens_), next)) return false;
-        if (peers.reads_ahead) fetch(thread, next, kFetchAdding);
+        multiply(thread, phase, band, left, matrix, End::kStore, own, nullptr, model_.hidden);
+        if (thread || bands_.size() == 1) return;
+        band.all_there = peers.bands[&band - bands_.data()].come(peers.size);
+        if (&band == &bands_.back()) peers.turn++;  // the other threads look at it behind the next barrier
+    }
+
+    // What has begun, summed over the ranks in their order: so all have the same bits. False: a broken group.
+    bool finish(int64_t thread, int64_t& phase, const Band& band, const Sum& sum) {
+        if (!step_.tensor || !sum.to) return true;
+        Peers& peers = *step_.tensor;
+        if (bands_.size() == 1 ? !exchange(thread, peers, tensor_bytes(model_, tokens_), *sum.next)
+                               : !meet(thread, peers, band))
+            return false;
+        if (peers.reads_ahead) fetch(thread, *sum.next, kFetchAdding);
         char* const* const parts = peers.last_regions();
-        rows(phase, [&](int64_t row) {
-            if (end == End::kStore) std::fill_n(to + row * model_.hidden, model_.hidden, 0.f);
+        rows(phase, band, [&](int64_t row) {
+            if (sum.end == End::kStore) std::fill_n(sum.to + row * model_.hidden, model_.hidden, 0.f);
             for (int64_t rank = 0; rank < peers.size; rank++)
                 kernels_.add(reinterpret_cast<const float*>(parts[rank]) + row * model_.hidden, model_.hidden,
-                             to + row * model_.hidden);
+                             sum.to + row * model_.hidden);
         });
         return true;
     }
@@ -393,12 +457,12 @@ private:
         return true;
     }
 
-    void rotate(int64_t& phase, const Layer& layer, int64_t index) {
+    void rotate(int64_t& phase, const Band& band, const Layer& layer, int64_t index) {
         const Rotation rotation{qkv_,           angles_,        layer.q_norm,      layer.k_norm,
                                 rotated_q(),    step_.pool + index * step_.layer_stride,
                                 step_.block_stride, step_.slots, model_.q_heads,   model_.kv_heads,
                                 model_.head_dim, step_.block_size, step_.is_int8,  model_.eps};
-        rows(phase, [&](int64_t row) { kernels_.rotate(rotation, row); });
+        rows(phase, band, [&](int64_t row) { kernels_.rotate(rotation, row); });
     }
 
     char* rotated_q() const { return step_.slice ? step_.slice->turn_regions()[step_.slice->rank] : q_; }
@@ -445,6 +509,7 @@ private:
     std::vector<Call> calls_;
     std::vector<Plan> plans_;
     std::vector<Pool> pools_;
+    std::vector<Band> bands_;
     std::atomic<bool> failed_{false}, broken_{false};
 };
 
@@ -514,7 +579,7 @@ int64_t Engine::head(const Model& model, const float* hidden, const int64_t* row
         std::fill_n(own, num_rows, Best{-std::numeric_limits<float>::infinity(), 0, 0.f});
         team_.barrier();
         const Product product{left, row_size, model.head, End::kBest, logits, nullptr, model.head.columns, own};
-        Forward::deal(team_, 1, thread, kernels, product, num_rows);
+        Forward::deal(team_, 1, thread, kernels, product, 0, num_rows);
     };
     team_.run(2, body);
     for (int64_t row = 0; row < num_rows; row++) {

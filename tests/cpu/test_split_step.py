@@ -16,12 +16,12 @@ import torch
 from kernels import cpu, int8
 from kernels.decoder import DecoderShape, LayerRows, MlpRows, NativeDecoder, Rows
 from kernels.ops import Mask, PageList
-from kernels.peers import CallbackPeers, PeersBroken, Ring, SharedPeers
+from kernels.peers import BANDS, CallbackPeers, PeersBroken, Ring, SharedPeers
 
 pytestmark = pytest.mark.skipif(not cpu.levels(), reason="the native kernels are not built")
 
 WAIT = 120.0  # seconds; only a hang takes as long
-MAX_TOKENS = 400
+MAX_TOKENS = 700
 
 
 @dataclass(frozen=True)
@@ -377,6 +377,44 @@ def test_every_kernel_can_be_split(level: str, quantized: bool, dtype: torch.dty
     compare(Weights(Sizes(), dtype), Split(4, 2), story(4, LENGTHS[:4]), error, **options)
 
 
+LONG = ((0, 420, 150), (0, 1, 200), (300, 1, 3), (64, 0, 1), (1, 193, 1), (580, 100, 20))  # tokens of three sequences
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "splits",
+    [
+        [Split(2, 1)],
+        [Split(4, 2)],
+        [Split(8, 8)],
+        [Split(2, 1, end=1, cut=32), Split(2, 1, first=1, carried=32)],
+        [Split(4, 4, end=1, cut=80), Split(4, 4, first=1, carried=80)],
+    ],
+    ids=["T2G1", "T4G2", "T8G8", "T2P2", "T4G4P2"],
+)
+def test_sums_of_long_steps_go_by_bands(splits: list[Split], dtype: torch.dtype) -> None:
+    """Whatever the bands, beside steps that have one, with teams whose bands are larger: the bits are the same."""
+    weights = Weights(Sizes(intermediate=163), dtype)
+    done, steps = [0, 0, 0], []
+    for counts in LONG:
+        steps.append([Chunk(i, done[i], done[i] + count) for i, count in enumerate(counts) if count])
+        done = [at + count for at, count in zip(done, counts, strict=True)]
+
+    def rows(bands: int, threads: int) -> list[torch.Tensor]:
+        stages = Pipeline(weights, splits, threads=threads, blocks=600)
+        for each in (peers for stage in stages.stages for peers in stage.tensor):
+            assert each.struct.num_bands == BANDS
+            each.struct.num_bands = bands
+        return [stages.step(step) for step in steps]
+
+    error = 0.2 if dtype == torch.bfloat16 else 2e-5
+    compare(weights, splits, steps, error, blocks=600)
+    whole = rows(0, 1)
+    for bands, threads in ((BANDS, 1), (2, 1), (BANDS, 2)):
+        for got, expected in zip(rows(bands, threads), whole, strict=True):
+            assert torch.equal(got, expected)
+
+
 def test_rows_far_longer_than_a_part_can_be_split() -> None:
     """Rows that are cut into parts on a rank are merged there first."""
     weights = Weights(Sizes(block_size=32, windows=(0,)), torch.float32)
@@ -619,10 +657,11 @@ def test_a_broken_exchange_ends_the_step(split: Split, fails_at: int) -> None:
     assert torch.isfinite(forward(gather)).all()
 
 
-def test_an_abort_ends_a_step_that_waits() -> None:
+@pytest.mark.parametrize("num_tokens", [20, 500], ids=["turn", "band"])
+def test_an_abort_ends_a_step_that_waits(num_tokens: int) -> None:
     weights = Weights(Sizes(), torch.float32)
     shard = Shard(weights, Split(2, 1), threads=2)
-    batch = shard.book.batch([Chunk(0, 0, 20)], weights.sizes, shard.windows, 0)
+    batch = shard.book.batch([Chunk(0, 0, num_tokens)], weights.sizes, shard.windows, 0)
     with ThreadPoolExecutor(1) as threads:
         done = threads.submit(shard.decoders[0].forward, **batch, pool=shard.pools[0], tensor=shard.tensor[0])
         with pytest.raises(TimeoutError):

@@ -24,7 +24,8 @@ def spec_of(settings: dict[str, Any]) -> ShardSpec:
     folder = Path(settings["folder"])
     model, config = ModelConfig.from_folder(folder), ShardConfig(**settings["shard"])
     layout, ways = Layout(**settings["layout"]), Ways(**settings["ways"])
-    return ShardSpec(folder, model, config, settings["dtype"], layout, settings["device_id"], ways)
+    device, threads = settings["device_id"], settings["threads"]
+    return ShardSpec(folder, model, config, settings["dtype"], layout, device, ways, threads=threads)
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
         if settings is not None:
             host, port = settings["leader"]
             secret = bytes.fromhex(settings["secret"])
-            rank = build_rank(spec_of(settings), settings["rank"], settings["threads"], secret, (host, port))
+            rank = build_rank(spec_of(settings), settings["rank"], secret, (host, port))
             thread = threading.Thread(target=rank.run)
             thread.start()
         print("was" if settings is None else "is", flush=True)

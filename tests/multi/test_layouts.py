@@ -47,7 +47,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return make(tmp_path_factory.mktemp("model"), *request.param)
 
 
-def make(folder: Path, q: int, kv: int, layers: int = LAYERS) -> Path:
+def make(folder: Path, q: int, kv: int, layers: int = LAYERS, longest: int = 256) -> Path:
     return make_model(
         folder,
         seed=q,
@@ -58,7 +58,7 @@ def make(folder: Path, q: int, kv: int, layers: int = LAYERS) -> Path:
         head_dim=16,
         hidden_size=16 * q,
         intermediate_size=150,
-        max_position_embeddings=256,
+        max_position_embeddings=longest,
     )
 
 
@@ -155,6 +155,34 @@ def test_so_does_a_stage_that_begins_and_ends_inside_mlps(layout: Layout, tmp_pa
     spec = make_spec(make(tmp_path, 6, 2, layers=4), layout, **TIGHT)
     assert any(part.is_carrying and part.is_cut for part in layout.parts(spec.model))
     check(spec, hosts, alone(make_spec(tmp_path, max_model_len=256), hosts))
+
+
+@pytest.mark.parametrize("layout", [Layout(2), Layout(4, 1, 2), Layout(4, 1, 4)], ids=str)
+def test_so_it_does_where_steps_are_long_enough_to_be_summed_in_bands(
+    layout: Layout, tmp_path: Path, hosts: Hosts
+) -> None:
+    spec = make_spec(make(tmp_path, 12, 4, longest=1024), layout, max_num_batched_tokens=1000)
+    rng = random.Random(11)
+    prompts = [[rng.randrange(2, VOCAB) for _ in range(length)] for length in (700, 193, 430, 40)]
+    longest = 0
+
+    def see(plan: Plan) -> None:
+        nonlocal longest
+        longest = max(longest, plan.num_tokens)
+
+    def tokens(spec: ShardSpec) -> dict[tuple[str, int], list[int]]:
+        tape = Tape()
+        with hosts.loop(spec) as (loop, _):
+            loop.on_plan = see
+            for at, prompt in enumerate(prompts):
+                loop.add(request(spec, f"r{at}", prompt, max_tokens=9, ignore_eos=True, temperature=0.0))
+            while loop.has_work:
+                tape.take(loop.step())
+        return tape.tokens
+
+    found = tokens(spec)
+    assert longest > 192, "the rows of a band"
+    assert found == tokens(make_spec(tmp_path)) and len(found) == len(prompts)
 
 
 AHEAD = [Layout(), Layout(2), Layout(2, 1, 2), Layout(4, 1, 4), Layout(1, 2), Layout(2, 2, 2)]

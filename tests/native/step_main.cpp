@@ -167,7 +167,8 @@ bool run(int64_t level, bool bf16, bool deterministic, bool int8) {
 struct Pair {
     static constexpr int64_t kCapacity = 1 << 20;
     std::unique_ptr<char[]> memory{new char[4 * kCapacity]};
-    alignas(64) char header[sizeof(Meeting)] = {};
+    static constexpr int64_t kBands = 2;
+    alignas(64) char header[(1 + kBands) * sizeof(Meeting)] = {};
     Member member{reinterpret_cast<Meeting*>(header), 2};
     std::vector<char*> regions;
     std::vector<Peers> ranks;
@@ -175,14 +176,15 @@ struct Pair {
     Pair() {
         for (int i = 0; i < 4; i++) regions.push_back(memory.get() + i * kCapacity);
         for (int64_t rank = 0; rank < 2; rank++)
-            ranks.push_back({rank, 2, regions.data(), kCapacity, 0, rank, &member, quire_shared_exchange});
+            ranks.push_back({rank, 2, regions.data(), kCapacity, 0, rank, &member, quire_shared_exchange,
+                             member.meeting + 1, kBands});
     }
 };
 
 // Each rank has all heads' weights of its own (three of six query heads), and every second page, of a stage whose MLPs
 // are cut at both ends; a group that breaks.
 bool run_split(int64_t level, bool bf16, bool int8) {
-    const int64_t hidden = 45, heads = 3, kv_heads = 2, dim = 34, mlp = 32, vocab = 83, block = 4, blocks = 32;
+    const int64_t hidden = 45, heads = 3, kv_heads = 2, dim = 34, mlp = 32, vocab = 83, block = 4, blocks = 64;
     const int64_t block_bytes = 2 * kv_heads * head_bytes(block, dim, int8 ? 1 : bf16 ? 2 : 4, int8);
     Weights weights{{}, bf16};
     std::vector<double> frequencies(dim / 2, 0.1);
@@ -195,9 +197,9 @@ bool run_split(int64_t level, bool bf16, bool int8) {
     std::vector<float> rows[2];
     int64_t codes[2] = {};
     const auto rank_body = [&](int64_t rank) {
-        Engine* engine = quire_engine_new(2);
+        Engine* engine = rank ? quire_engine_restless(2) : quire_engine_new(2);  // bands are cut alike all the same
         std::unique_ptr<char[]> pool(new char[blocks * block_bytes]());
-        for (int64_t length : {40, 3, 1}) {  // each alone, from its first token
+        for (int64_t length : {40, 500, 3, 1}) {  // each alone, from its first token; one in two bands
             std::vector<int64_t> tokens, positions, slots;
             std::vector<int32_t> ids, at;
             for (int64_t p = 0; p < length; p++) {
