@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import time
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 
-from kernels.peers import Peers
 from launch.llm import LLM
 from worker.plan import Plan
 from worker.ranks import Ranks
@@ -67,28 +65,6 @@ class Step:
     attention: int
 
 
-class Counted:
-    """Bytes that this rank gives in a group's exchanges, native ones included."""
-
-    def __init__(self, peers: Peers) -> None:
-        self.num_bytes = self.turns = 0
-        self._peers = peers
-        number, address = ctypes.c_int64, ctypes.c_void_p
-        kind = ctypes.CFUNCTYPE(number, address, number, number, address)
-        self._address = peers.struct.exchange
-        native = kind(self._address)
-
-        def exchange(context: int, parity: int, num_bytes: int, ahead: int) -> int:
-            self.turns, self.num_bytes = self.turns + 1, self.num_bytes + num_bytes
-            return int(native(context, parity, num_bytes, ahead))
-
-        self._ours = kind(exchange)
-        peers.struct.exchange = ctypes.cast(self._ours, ctypes.c_void_p)
-
-    def stop(self) -> None:
-        self._peers.struct.exchange = self._address
-
-
 class Shard:
     """An engine over all devices whose steps are measured.
 
@@ -108,7 +84,7 @@ class Shard:
         assert runner is not None and runner.group is not None
         assert runner.group.tensor is not None and runner.group.slice is not None
         self._runner = runner
-        self._sums, self._attention = Counted(runner.group.tensor), Counted(runner.group.slice)
+        self._sums, self._attention = runner.group.tensor.struct, runner.group.slice.struct
         forward: Callable[..., torch.Tensor] = runner.model.forward
 
         def watched(batch: Any, *arguments: Any, **others: Any) -> torch.Tensor:
@@ -127,18 +103,14 @@ class Shard:
     def cpu(self) -> float:
         return sum(map(cpu_seconds, self.llm.pids))
 
-    def close(self) -> None:
-        self._sums.stop()
-        self._attention.stop()
-
     def step(self) -> None:
         """One step of the engine."""
         self._plan = None
-        before = (self.cpu, self.ranks.num_plan_bytes, self._sums.num_bytes, self._attention.num_bytes)
+        before = (self.cpu, self.ranks.num_plan_bytes, self._sums.given, self._attention.given)
         began = time.perf_counter()
         self.llm.step()
         seconds = time.perf_counter() - began
-        after = (self.cpu, self.ranks.num_plan_bytes, self._sums.num_bytes, self._attention.num_bytes)
+        after = (self.cpu, self.ranks.num_plan_bytes, self._sums.given, self._attention.given)
         cpu, *counts = (b - a for a, b in zip(before, after, strict=True))
         plan: Plan | None = self._plan
         if plan is not None and plan.num_rows == 1:
@@ -182,9 +154,7 @@ def shard(folder: Path, settings: Settings) -> Iterator[Shard]:
     try:
         ranks = llm.loop.pipe
         assert isinstance(ranks, Ranks), "several devices are several ranks"
-        found = Shard(llm, ranks)
-        yield found
-        found.close()
+        yield Shard(llm, ranks)
     finally:
         llm.close()
 

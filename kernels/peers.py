@@ -48,7 +48,7 @@ class PeersStruct(ctypes.Structure):
         ("regions", _ADDRESS),
         *((name, _INT) for name in ("capacity", "turn", "reads_ahead")),
         *((name, _ADDRESS) for name in ("context", "exchange", "bands")),
-        ("num_bands", _INT),
+        *((name, _INT) for name in ("num_bands", "given")),
     ]
 
 
@@ -85,7 +85,7 @@ class Peers(ABC):
     """A group of ranks as one of them sees it.
 
     Attributes:
-        struct: what native code gets; it counts the turns for both.
+        struct: what native code gets; it counts the turns for both, and the bytes that this rank gives in them.
     """
 
     def __init__(self, regions: torch.Tensor, rank: int, library: ctypes.CDLL) -> None:

@@ -36,6 +36,7 @@ struct Peers {
     int64_t (*exchange)(void* context, int64_t parity, int64_t bytes, const Ahead* ahead);
     Meeting* bands;
     int64_t num_bands;  // 0: none
+    int64_t given;      // bytes, in all turns so far
 
     // The regions of the turn to come, or of the one behind it; and those to read of the last one.
     char* const* turn_regions(int64_t ahead = 0) const { return regions + (turn + ahead) % 2 * size; }
@@ -44,6 +45,7 @@ struct Peers {
 
 // Runs the exchange of the turn to come.
 inline int64_t exchange(Peers& peers, int64_t bytes, Ahead ahead = {}) {
+    peers.given += bytes;
     return peers.exchange(peers.context, peers.turn++ % 2, bytes, &ahead) ? kBroken : 0;
 }
 

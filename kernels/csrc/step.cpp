@@ -403,7 +403,9 @@ private:
         multiply(thread, phase, band, left, matrix, End::kStore, own, nullptr, model_.hidden);
         if (thread || bands_.size() == 1) return;
         band.all_there = peers.bands[&band - bands_.data()].come(peers.size);
-        if (&band == &bands_.back()) peers.turn++;  // the other threads look at it behind the next barrier
+        if (&band != &bands_.back()) return;
+        peers.turn++;  // the other threads look at it behind the next barrier
+        peers.given += tensor_bytes(model_, tokens_);
     }
 
     // What has begun, summed over the ranks in their order: so all have the same bits. False: a broken group.
