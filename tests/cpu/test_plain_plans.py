@@ -306,12 +306,18 @@ def test_only_a_rank_with_cores_of_its_own_asks_ahead(folder: Path) -> None:
         assert [count > 0 for count in asked] == [owns_cores] * 2
 
 
+def plan_of_a_row(number: int, layout: Layout) -> Plan:
+    """The first three tokens of a sequence, and a sample of the last."""
+    books = Books(random.Random(2), layout)
+    books.lengths[0], books.pages[0], books.greedy[0] = 0, [], True
+    plan = plan_of(number, layout)
+    books._row(plan, 0, 3, samples=True)
+    return plan
+
+
 def test_hidden_rows_of_another_plan_break_the_epoch(folder: Path) -> None:
     shard = Shard(folder, Layout(1, 2), torch.float32)
-    books = Books(random.Random(2), shard.layout)
-    books.lengths[0], books.pages[0], books.greedy[0] = 0, [], True
-    plan = plan_of(5, shard.layout)
-    books._row(plan, 0, 3, samples=True)
+    plan = plan_of_a_row(5, shard.layout)
     shard.runners[0].run_encoded(encode_plan(plan))
     plan.number = PlanNumber(6)
     with pytest.raises(PeersBroken, match="hidden rows of plan 5 came for plan 6"):
@@ -321,10 +327,7 @@ def test_hidden_rows_of_another_plan_break_the_epoch(folder: Path) -> None:
 
 def test_hidden_rows_of_another_size_are_refused(folder: Path) -> None:
     shard = Shard(folder, Layout(1, 2), torch.float32)
-    books = Books(random.Random(2), shard.layout)
-    books.lengths[0], books.pages[0], books.greedy[0] = 0, [], True
-    plan = plan_of(1, shard.layout)
-    books._row(plan, 0, 3, samples=True)
+    plan = plan_of_a_row(1, shard.layout)
     ring = shard.ends[0].next
     assert ring is not None
     ring.slot()
@@ -339,10 +342,7 @@ def test_hidden_rows_of_another_size_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize("end", ["tensor", "previous", "next"])
 def test_whoever_waits_hears_that_the_epoch_is_over(end: str, folder: Path) -> None:
     shard = Shard(folder, Layout(2, 2), torch.float32)
-    books = Books(random.Random(2), shard.layout)
-    books.lengths[0], books.pages[0], books.greedy[0] = 0, [], True
-    plan = plan_of(1, shard.layout)
-    books._row(plan, 0, 3, samples=True)
+    plan = plan_of_a_row(1, shard.layout)
     rank = 2 if end == "previous" else 0
     getattr(shard.ends[rank], end).abort()
     with pytest.raises(PeersBroken, match="exchange of 2 ranks" if end == "tensor" else "ring between two ranks"):
