@@ -156,7 +156,8 @@ public:
         const int64_t most = step.tensor ? std::max<int64_t>(1, step.tensor->num_bands) : 1;
         const int64_t bands = std::min(divide_up(tokens_, kBlockRows * team_.capacity()), most);
         for (int64_t band = 0; band < bands; band++)
-            bands_.push_back({tokens_ * band / bands, tokens_ * (band + 1) / bands, 0});
+            bands_.push_back({tokens_ * band / bands, tokens_ * (band + 1) / bands,
+                              bands > 1 ? step.tensor->bands + band : nullptr, 0});
     }
 
     int64_t num_phases() const { return kPhases * (int64_t)bands_.size() * (model_.num_layers + 1); }
@@ -217,7 +218,8 @@ private:
     // Rows that are summed together.
     struct Band {
         int64_t begin, end;
-        uint32_t all_there;  // of its last meeting
+        Meeting* meeting;    // null: it is the only one, and the ranks exchange
+        uint32_t all_there;  // what to wait for at the meeting
     };
 
     // What the sums over the ranks of a product's bands become, and what is multiplied then.
@@ -276,7 +278,7 @@ private:
     // The same for all tokens.
     template <class Body>
     void rows(int64_t& phase, Body body) {
-        rows(phase, Band{0, tokens_, 0}, body);
+        rows(phase, Band{0, tokens_, nullptr, 0}, body);
     }
 
     void start(int64_t& phase) {
@@ -361,28 +363,24 @@ public:
     }
 
 private:
-    // One turn of a group, after which all threads may read what `peers.last_regions()` gives; who waits may ask
-    // for what it reads of `next`. False: a broken group.
-    bool exchange(int64_t thread, Peers& peers, int64_t bytes, const Matrix& next) {
+    // The first thread waits for other ranks, and the others for it. False: a broken group.
+    template <class Wait>
+    bool await(int64_t thread, Wait wait) {
         if (thread == 0) {
             const auto began = std::chrono::steady_clock::now();
-            const Ahead ahead = peers.reads_ahead ? first_of(thread, next, kFetchWaiting) : Ahead{};
-            if (quire::exchange(peers, bytes, ahead)) broken_.store(true);
+            if (wait()) broken_.store(true);
             team_.waited(std::chrono::steady_clock::now() - began);
         }
         team_.barrier(true);
         return !broken_.load();
     }
 
-    // Waits for all ranks at a band's meeting. False: a broken group.
-    bool meet(int64_t thread, Peers& peers, const Band& band) {
-        if (thread == 0) {
-            const auto began = std::chrono::steady_clock::now();
-            if (peers.bands[&band - bands_.data()].passed.await(band.all_there)) broken_.store(true);
-            team_.waited(std::chrono::steady_clock::now() - began);
-        }
-        team_.barrier(true);
-        return !broken_.load();
+    // One turn of a group, after which all threads may read what `peers.last_regions()` gives; who waits may ask
+    // for what it reads of `next`. False: a broken group.
+    bool exchange(int64_t thread, Peers& peers, int64_t bytes, const Matrix& next) {
+        return await(thread, [&] {
+            return quire::exchange(peers, bytes, peers.reads_ahead ? first_of(0, next, kFetchWaiting) : Ahead{});
+        });
     }
 
     // Begins the sum of an MLP's units.
@@ -401,8 +399,8 @@ private:
         Peers& peers = *step_.tensor;
         float* const own = reinterpret_cast<float*>(peers.turn_regions()[peers.rank]);
         multiply(thread, phase, band, left, matrix, End::kStore, own, nullptr, model_.hidden);
-        if (thread || bands_.size() == 1) return;
-        band.all_there = peers.bands[&band - bands_.data()].come(peers.size);
+        if (thread || !band.meeting) return;
+        band.all_there = band.meeting->come(peers.size);
         if (&band != &bands_.back()) return;
         peers.turn++;  // the other threads look at it behind the next barrier
         peers.given += tensor_bytes(model_, tokens_);
@@ -412,9 +410,10 @@ private:
     bool finish(int64_t thread, int64_t& phase, const Band& band, const Sum& sum) {
         if (!step_.tensor || !sum.to) return true;
         Peers& peers = *step_.tensor;
-        if (bands_.size() == 1 ? !exchange(thread, peers, tensor_bytes(model_, tokens_), *sum.next)
-                               : !meet(thread, peers, band))
-            return false;
+        const bool all_there = band.meeting
+            ? await(thread, [&] { return band.meeting->passed.await(band.all_there); })
+            : exchange(thread, peers, tensor_bytes(model_, tokens_), *sum.next);
+        if (!all_there) return false;
         if (peers.reads_ahead) fetch(thread, *sum.next, kFetchAdding);
         char* const* const parts = peers.last_regions();
         rows(phase, band, [&](int64_t row) {
