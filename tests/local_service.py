@@ -62,6 +62,12 @@ class Running:
             while (await client.page_map()).sequences or any(each.used_blocks for each in await client.loads()):
                 await asyncio.sleep(0.05)
 
+    async def all_shards_run(self) -> None:
+        """Every shard has sequences in its steps."""
+        async with self.client() as client, asyncio.timeout(SECONDS):
+            while not all(load.running for load in await client.loads()):
+                await asyncio.sleep(0.02)
+
     def streams(self, count: int = 4, length: int = LENGTH) -> list[Stream]:
         return [Stream(self.channel, prompt, length) for prompt in prompts(count)]
 
@@ -118,6 +124,12 @@ async def running(
 
 def run(scenario: Coroutine[None, None, None]) -> None:
     asyncio.run(scenario)
+
+
+async def under_way(streams: list[Stream], count: int = 10) -> None:
+    """Every stream has so many tokens. A test that needs them to have no more than some presses the brake before."""
+    for stream in streams:
+        await stream.reaches(count)
 
 
 async def finish(streams: list[Stream], expected: list[list[int]]) -> None:

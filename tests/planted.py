@@ -1,8 +1,10 @@
-"""A fault laid into every worker process that is started from now on, beside the code that it runs."""
+"""What tests lay into every worker process that is started from now on, beside the code that it runs."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,8 +25,7 @@ if "worker" in sys.orig_argv:
                 load(module)
                 carry_out, run_plain = module.Runner.carry_out, module.Runner.run_plain
                 def act(self, plan):
-                    if {where}:
-                        {act}
+{acts}
                 def planted(self, prepared):
                     act(self, prepared.plan)
                     return carry_out(self, prepared)
@@ -42,8 +43,35 @@ def plant(folder: Path, monkeypatch: pytest.MonkeyPatch, where: str, act: str) -
     """Run `act` before each plan for which `where` holds; where that plan turns out not to be plain, once more.
 
     Args:
-        folder: for a `sitecustomize.py`, which comes first on the path of processes that are started.
+        folder: for a `sitecustomize.py`, which comes first on the path of processes that are started. Planted in the
+            same folder again: both acts, in that order.
         where, act: an expression and a statement, of `self` (the Runner) and `plan`; array, os, signal, time are there.
     """
-    (folder / "sitecustomize.py").write_text(_SITE.replace("{where}", where).replace("{act}", act))
-    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    acts = folder / "acts"
+    with acts.open("a") as file:
+        file.write(f"{' ' * 20}if {where}:\n{' ' * 24}{act}\n")
+    (folder / "sitecustomize.py").write_text(_SITE.replace("{acts}", acts.read_text().rstrip("\n")))
+    if str(folder) not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+
+class Brake:
+    """Slows down every worker that is started from now on, so that what a test does in the middle of streams finds
+    them there, however long the machine lets the test wait."""
+
+    SECONDS = 0.01  # a step of a worker takes at least that long: 700 tokens 7 s
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._file, self._users = folder / "brake", 0
+        plant(folder, monkeypatch, f"os.path.exists({str(self._file)!r})", f"time.sleep({self.SECONDS})")
+
+    @contextmanager
+    def pressed(self) -> Iterator[None]:
+        self._users += 1
+        self._file.touch()
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._file.unlink()

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.multi.netlab.lab import Lab
 from tests.multi.netlab.namespaces import missing
+from tests.planted import Brake
+
+
+@pytest.fixture
+def brake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Brake:
+    """Of all workers that the test starts."""
+    return Brake(tmp_path, monkeypatch)
 
 
 @pytest.fixture

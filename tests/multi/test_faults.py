@@ -18,7 +18,8 @@ from launch.llm import LLM
 from launch.models.tiny_llama import make_tiny_llama
 from pagetable.errors import ServiceError
 from pagetable.sampling import SamplingParams
-from tests.local_service import ENDLESS, LENGTH, ROOM, SMALL, Running, finish, prompts, run, running
+from tests.local_service import ENDLESS, LENGTH, ROOM, SMALL, Running, finish, prompts, run, running, under_way
+from tests.planted import Brake
 from tests.serving import SECONDS, Stream, is_alive, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -38,15 +39,16 @@ def expected(model: str) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in LLM(model, **SMALL).generate(prompts(4), params)]
 
 
-def test_streams_outlive_both_workers_dying_at_once(model: str, expected: list[list[int]]) -> None:
+def test_streams_outlive_both_workers_dying_at_once(model: str, expected: list[list[int]], brake: Brake) -> None:
     async def scenario() -> None:
         async with running(model) as it:
-            streams = it.streams()
-            for stream in streams:
-                await stream.reaches(10)
-            workers = [it.worker(0), it.worker(1)]
-            for pid in workers:
-                os.kill(pid, signal.SIGKILL)
+            with brake.pressed():
+                streams = it.streams()
+                await under_way(streams)
+                workers = [it.worker(0), it.worker(1)]
+                for pid in workers:
+                    os.kill(pid, signal.SIGKILL)
+                assert not any(stream.task.done() for stream in streams)
             await finish(streams, expected)
             assert not any(map(is_alive, workers))
             await it.comes_to_rest()
@@ -54,16 +56,18 @@ def test_streams_outlive_both_workers_dying_at_once(model: str, expected: list[l
     run(scenario())
 
 
-def test_a_worker_that_pauses_for_a_second_is_left_alone(model: str, expected: list[list[int]]) -> None:
+def test_a_worker_that_pauses_for_a_second_is_left_alone(model: str, expected: list[list[int]], brake: Brake) -> None:
     async def scenario() -> None:
         async with running(model) as it:
-            streams = it.streams()
-            for stream in streams:
-                await stream.reaches(10)
-            workers = [it.worker(0), it.worker(1)]
-            os.kill(workers[0], signal.SIGSTOP)
-            await asyncio.sleep(1.0)
-            os.kill(workers[0], signal.SIGCONT)
+            with brake.pressed():
+                streams = it.streams()
+                await under_way(streams)
+                await it.all_shards_run()
+                workers = [it.worker(0), it.worker(1)]
+                os.kill(workers[0], signal.SIGSTOP)
+                await asyncio.sleep(1.0)
+                os.kill(workers[0], signal.SIGCONT)
+                assert not any(stream.task.done() for stream in streams)
             await finish(streams, expected)
             assert [it.worker(0), it.worker(1)] == workers and it.notes == []
 
@@ -74,8 +78,7 @@ def test_a_killed_front_ends_its_streams_and_their_pages(model: str, expected: l
     async def scenario() -> None:
         async with running(model, **ROOM) as it:
             streams = it.streams(length=ENDLESS)
-            for stream in streams:
-                await stream.reaches(10)
+            await under_way(streams)
             workers, front = [it.worker(0), it.worker(1)], it.service.parts["front"].pid
             os.kill(front, signal.SIGKILL)
             async with asyncio.timeout(SECONDS):

@@ -15,8 +15,8 @@ import pytest
 from launch.llm import LLM
 from launch.models.tiny_llama import make_tiny_llama
 from pagetable.sampling import SamplingParams
-from tests.local_service import LENGTH, SMALL, finish, prompts, run, running
-from tests.planted import plant
+from tests.local_service import LENGTH, SMALL, finish, prompts, run, running, under_way
+from tests.planted import Brake, plant
 from tests.serving import Stream, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -63,17 +63,17 @@ def greedy(engine: LLM, asked: list[list[int]], length: int) -> list[list[int]]:
 
 
 def test_a_prompt_that_kills_fails_after_two_deaths_and_the_others_go_on(
-    model: str, engine: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, engine: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brake: Brake
 ) -> None:
     bomb = Bomb(tmp_path, monkeypatch, MARK, fuses=10)
 
     async def scenario() -> None:
         async with running(model) as it:
-            beside = it.streams()
-            for stream in beside:
-                await stream.reaches(5)
-            poison = Stream(it.channel, [MARK, 9, 9], 5)
-            await poison.task
+            with brake.pressed():
+                beside = it.streams()
+                await under_way(beside)
+                poison = Stream(it.channel, [MARK, 9, 9], 5)
+                await poison.task
             assert poison.failure is grpc.StatusCode.INTERNAL and poison.details.startswith("poison: 2 shards died")
             assert poison.tokens == []
             await finish(beside, greedy(engine, prompts(4), LENGTH))
@@ -85,7 +85,7 @@ def test_a_prompt_that_kills_fails_after_two_deaths_and_the_others_go_on(
 
 
 def test_a_request_that_kills_in_the_middle_of_its_outputs_fails_after_two_deaths(
-    model: str, engine: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, engine: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brake: Brake
 ) -> None:
     """It shares each step with others that have outputs, too: it is known by dying again where it died before."""
     innocent = greedy(engine, prompts(4), LENGTH)
@@ -100,11 +100,11 @@ def test_a_request_that_kills_in_the_middle_of_its_outputs_fails_after_two_death
 
     async def scenario() -> None:
         async with running(model) as it:
-            beside = it.streams()
-            for stream in beside:
-                await stream.reaches(5)
-            poison = Stream(it.channel, prompt, 60)
-            await poison.task
+            with brake.pressed():
+                beside = it.streams()
+                await under_way(beside)
+                poison = Stream(it.channel, prompt, 60)
+                await poison.task
             assert poison.failure is grpc.StatusCode.INTERNAL and poison.details.startswith("poison: 2 shards died")
             assert poison.tokens == tokens[: len(poison.tokens)] and at <= len(poison.tokens) <= at + 1
             await finish(beside, innocent)

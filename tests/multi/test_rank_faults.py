@@ -15,9 +15,9 @@ import pytest
 
 from launch.llm import LLM
 from pagetable.sampling import SamplingParams
-from tests.local_service import LENGTH, SMALL, Running, finish, nothing_left, prompts, run, running
+from tests.local_service import LENGTH, SMALL, Running, finish, nothing_left, prompts, run, running, under_way
 from tests.models import make_model
-from tests.planted import plant
+from tests.planted import Brake, plant
 from tests.serving import SECONDS, Processes, Stream, is_alive, until
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"), pytest.mark.timeout(600)]
@@ -55,21 +55,21 @@ def streams_of(it: Running) -> list[Stream]:
     ]
 
 
-async def disturbed(it: Running, pid: int, number: signal.Signals, expected: list[list[int]]) -> None:
+async def disturbed(it: Running, brake: Brake, pid: int, number: signal.Signals, expected: list[list[int]]) -> None:
     """Signal a process in the middle of streams; they say what they must, and at the end no page is in use."""
-    streams = streams_of(it)
-    for stream in streams:
-        await stream.reaches(10)
-    os.kill(pid, number)
-    assert not any(stream.task.done() for stream in streams)
+    with brake.pressed():
+        streams = streams_of(it)
+        await under_way(streams)
+        os.kill(pid, number)
+        assert not any(stream.task.done() for stream in streams)
     await finish(streams, expected)
     await until(lambda: not is_alive(pid))
     await it.comes_to_rest()
 
 
-@pytest.mark.parametrize("names", [("T2", "P2"), ("T2G2", "T2 by torch"), ("T2 ahead", "P2 ahead")], ids=" and ".join)
-def test_streams_outlive_each_rank(model: str, names: tuple[str, str], expected: list[list[int]]) -> None:
-    """Of two services at a time, since most of this is waiting until a silent rank is given up."""
+@pytest.mark.parametrize("names", [("T2", "P2", "T2G2"), ("T2 by torch", "T2 ahead", "P2 ahead")], ids=", ".join)
+def test_streams_outlive_each_rank(model: str, names: tuple[str, ...], expected: list[list[int]], brake: Brake) -> None:
+    """Of three services at a time, since most of this is waiting until a silent rank is given up."""
 
     watched = list[Processes]()
 
@@ -78,31 +78,30 @@ def test_streams_outlive_each_rank(model: str, names: tuple[str, str], expected:
             for victim in (1, 0):
                 for number in (signal.SIGKILL, signal.SIGSTOP):
                     pids = [it.worker(0, rank) for rank in range(2)]
-                    await disturbed(it, pids[victim], number, expected)
+                    await disturbed(it, brake, pids[victim], number, expected)
                     survivor = 1 - victim
                     assert it.worker(0, survivor) == pids[survivor]  # and with it its weights
                     assert it.worker(0, victim) != pids[victim]
             assert sum("rank 1 of shard 0 ended by signal 9" in note for note in it.notes) == 2
             assert sum("the worker of shard 0 ended by signal 9" in note for note in it.notes) == 2
 
-    async def both() -> None:
+    async def all_of_them() -> None:
         async with nothing_left(watched):
             await asyncio.gather(*(scenario(LAYOUTS[name]) for name in names))
 
-    run(both())
+    run(all_of_them())
 
 
-def test_the_other_shard_goes_on_while_one_has_lost_a_rank(model: str, expected: list[list[int]]) -> None:
+def test_the_other_shard_goes_on_while_one_has_lost_a_rank(model: str, expected: list[list[int]], brake: Brake) -> None:
     async def scenario() -> None:
         async with running(model, data_parallel_size=2, tensor_parallel_size=2) as it:
             pids = [[it.worker(shard, rank) for rank in range(2)] for shard in range(2)]
-            streams = streams_of(it)
-            for stream in streams:
-                await stream.reaches(10)
-            async with it.client() as client:
-                assert [load.running > 0 for load in await client.loads()] == [True, True]
-            os.kill(pids[0][1], signal.SIGSTOP)
-            fresh = Stream(it.channel, prompts(COUNT)[2], 40)  # begins before the stopped one is known to be
+            with brake.pressed():
+                streams = streams_of(it)
+                await under_way(streams)
+                await it.all_shards_run()
+                os.kill(pids[0][1], signal.SIGSTOP)
+                fresh = Stream(it.channel, prompts(COUNT)[2], 40)  # begins before the stopped one is known to be
             await finish([fresh], [expected[2][:40]])
             await finish(streams, expected)
             assert [it.worker(1, rank) for rank in range(2)] == pids[1] and it.worker(0) == pids[0][0]
@@ -111,17 +110,18 @@ def test_the_other_shard_goes_on_while_one_has_lost_a_rank(model: str, expected:
     run(scenario())
 
 
-def test_a_pause_of_a_second_is_left_alone(model: str, expected: list[list[int]]) -> None:
+def test_a_pause_of_a_second_is_left_alone(model: str, expected: list[list[int]], brake: Brake) -> None:
     async def scenario() -> None:
         async with running(model, **T2) as it:
             pids = [it.worker(0, rank) for rank in range(2)]
-            streams = streams_of(it)
-            for stream in streams:
-                await stream.reaches(10)
-            for pid in pids:
-                os.kill(pid, signal.SIGSTOP)
-                await asyncio.sleep(1.0)
-                os.kill(pid, signal.SIGCONT)
+            with brake.pressed():
+                streams = streams_of(it)
+                await under_way(streams)
+                for pid in pids:
+                    os.kill(pid, signal.SIGSTOP)
+                    await asyncio.sleep(1.0)
+                    os.kill(pid, signal.SIGCONT)
+                assert not any(stream.task.done() for stream in streams)
             await finish(streams, expected)
             assert [it.worker(0, rank) for rank in range(2)] == pids and it.notes == []
 
@@ -136,18 +136,24 @@ def plant_on_rank_1(folder: Path, monkeypatch: pytest.MonkeyPatch, act: str) -> 
 
 @pytest.mark.parametrize("layout", [T2, P2], ids=["T2", "P2"])
 def test_a_request_on_which_a_rank_raises_fails_after_two_epochs_and_the_others_go_on(
-    model: str, layout: dict[str, Any], expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str,
+    layout: dict[str, Any],
+    expected: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    brake: Brake,
 ) -> None:
     plant_on_rank_1(tmp_path, monkeypatch, "raise ValueError('a page that is not there')")
 
     async def scenario() -> None:
         async with running(model, **layout) as it:
             pids = [it.worker(0, rank) for rank in range(2)]
-            beside = streams_of(it)
-            for stream in beside:
-                await stream.reaches(5)
-            poison = Stream(it.channel, MARKED, 5)
-            await poison.task
+            with brake.pressed():
+                beside = streams_of(it)
+                await under_way(beside)
+                poison = Stream(it.channel, MARKED, 5)
+                await poison.task
+                assert not any(stream.task.done() for stream in beside)
             assert poison.failure is grpc.StatusCode.INTERNAL and poison.details.startswith("poison: 2 shards died")
             assert poison.tokens == []
             await finish(beside, expected)
@@ -160,7 +166,7 @@ def test_a_request_on_which_a_rank_raises_fails_after_two_epochs_and_the_others_
 
 
 def test_a_rank_whose_step_never_ends_is_ended_and_the_leader_stays(
-    model: str, expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brake: Brake
 ) -> None:
     fuse = tmp_path / "fuse"
     fuse.touch()
@@ -170,10 +176,12 @@ def test_a_rank_whose_step_never_ends_is_ended_and_the_leader_stays(
     async def scenario() -> None:
         async with running(model, **T2) as it:
             pids = [it.worker(0, rank) for rank in range(2)]
-            streams = streams_of(it)
-            for stream in streams:
-                await stream.reaches(5)
-            slow = Stream(it.channel, MARKED, 5)
+            with brake.pressed():
+                streams = streams_of(it)
+                await under_way(streams)
+                slow = Stream(it.channel, MARKED, 5)
+                await until(lambda: not fuse.exists())
+                assert not any(stream.task.done() for stream in streams)
             await finish(streams, expected)
             await slow.task
             assert slow.failure is None and len(slow.tokens) == 5 and not fuse.exists()

@@ -18,7 +18,8 @@ from cluster.processes import environment
 from launch.llm import LLM
 from launch.models.tiny_llama import make_tiny_llama
 from pagetable.sampling import SamplingParams
-from tests.local_service import ENDLESS, LENGTH, ROOM, SMALL, finish, prompts, run, running
+from tests.local_service import ENDLESS, LENGTH, ROOM, SMALL, finish, prompts, run, running, under_way
+from tests.planted import Brake
 from tests.serving import SECONDS, Processes, Stream, children, files, is_alive, listeners, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -61,14 +62,15 @@ def test_two_shards_say_what_the_engine_says_and_listen_on_loopback_only(model: 
     run(scenario())
 
 
-def test_streams_go_on_when_a_worker_is_killed(model: str, expected: list[list[int]]) -> None:
+def test_streams_go_on_when_a_worker_is_killed(model: str, expected: list[list[int]], brake: Brake) -> None:
     async def scenario() -> None:
         async with running(model) as it:
-            streams = it.streams()
-            for stream in streams:
-                await stream.reaches(20)
-            victim = it.worker(0)
-            os.kill(victim, signal.SIGKILL)
+            with brake.pressed():
+                streams = it.streams()
+                await under_way(streams)
+                await it.all_shards_run()
+                victim = it.worker(0)
+                os.kill(victim, signal.SIGKILL)
             await finish(streams, expected)
             await until(lambda: len(it.notes) == 2)
             assert it.notes[0] == "the worker of shard 0 ended by signal 9; its requests go on elsewhere"
@@ -78,14 +80,17 @@ def test_streams_go_on_when_a_worker_is_killed(model: str, expected: list[list[i
     run(scenario())
 
 
-def test_a_worker_that_is_stopped_is_fenced_and_its_streams_move(model: str, expected: list[list[int]]) -> None:
+def test_a_worker_that_is_stopped_is_fenced_and_its_streams_move(
+    model: str, expected: list[list[int]], brake: Brake
+) -> None:
     async def scenario() -> None:
         async with running(model) as it:
-            streams = it.streams()
-            for stream in streams:
-                await stream.reaches(20)
-            victim = it.worker(1)
-            os.kill(victim, signal.SIGSTOP)  # nobody wakes it: only its keeper's SIGKILL ends it
+            with brake.pressed():
+                streams = it.streams()
+                await under_way(streams)
+                await it.all_shards_run()
+                victim = it.worker(1)
+                os.kill(victim, signal.SIGSTOP)  # nobody wakes it: only its keeper's SIGKILL ends it
             await finish(streams, expected)
             await until(lambda: len(it.notes) == 2)
             assert not is_alive(victim)
@@ -95,17 +100,17 @@ def test_a_worker_that_is_stopped_is_fenced_and_its_streams_move(model: str, exp
 
 
 def test_no_stream_breaks_when_the_scheduler_is_killed_and_new_requests_wait(
-    model: str, expected: list[list[int]]
+    model: str, expected: list[list[int]], brake: Brake
 ) -> None:
     async def scenario() -> None:
         async with running(model) as it:
-            early = it.streams()
-            for stream in early:
-                await stream.reaches(5)
-            workers = [it.worker(0), it.worker(1)]
-            scheduler = it.service.parts["scheduler"].pid
-            os.kill(scheduler, signal.SIGKILL)
-            late = it.streams()
+            with brake.pressed():
+                early = it.streams()
+                await under_way(early)
+                workers = [it.worker(0), it.worker(1)]
+                scheduler = it.service.parts["scheduler"].pid
+                os.kill(scheduler, signal.SIGKILL)
+                late = it.streams()
             await finish(early, expected)
             await finish(late, expected)
             assert it.service.parts["scheduler"].pid != scheduler
@@ -114,14 +119,14 @@ def test_no_stream_breaks_when_the_scheduler_is_killed_and_new_requests_wait(
     run(scenario())
 
 
-def test_a_killed_keeper_leaves_no_worker_and_comes_back(model: str, expected: list[list[int]]) -> None:
+def test_a_killed_keeper_leaves_no_worker_and_comes_back(model: str, expected: list[list[int]], brake: Brake) -> None:
     async def scenario() -> None:
         async with running(model) as it:
-            streams = it.streams()
-            for stream in streams:
-                await stream.reaches(5)
-            worker, keeper = it.worker(0), it.service.parts["keeper-0"].pid
-            os.kill(keeper, signal.SIGKILL)
+            with brake.pressed():
+                streams = it.streams()
+                await under_way(streams)
+                worker, keeper = it.worker(0), it.service.parts["keeper-0"].pid
+                os.kill(keeper, signal.SIGKILL)
             await until(lambda: not is_alive(worker))
             await finish(streams, expected)
             await until(lambda: bool(children(it.service.parts["keeper-0"].pid)))
@@ -131,25 +136,25 @@ def test_a_killed_keeper_leaves_no_worker_and_comes_back(model: str, expected: l
     run(scenario())
 
 
-def test_streams_outlive_every_worker_one_after_the_other(model: str, expected: list[list[int]]) -> None:
+def test_streams_outlive_every_worker_one_after_the_other(model: str, expected: list[list[int]], brake: Brake) -> None:
     async def scenario() -> None:
         async with running(model) as it, it.client() as client:
-            streams = it.streams()
-            for stream in streams:
-                await stream.reaches(5)
-            os.kill(it.worker(0), signal.SIGKILL)
-            # A request that sees two deaths and no token in between would rightly be blamed for them, and hundreds of
-            # tokens may have been on their way when shard 0 died. Those behind what tables hold on shard 1 were not.
-            async with asyncio.timeout(SECONDS):
-                while True:
-                    present = (await client.page_map()).sequences
-                    held = [16 * len(each.pages) for each in present if each.shard_id == 1 and each.pages]
-                    if len(held) == len(present) >= sum(not stream.task.done() for stream in streams):
-                        break
-                    await asyncio.sleep(0.005)
-            for stream in streams:
-                await stream.reaches(min(max(held, default=0) + 64, LENGTH))
-            os.kill(it.worker(1), signal.SIGKILL)
+            with brake.pressed():
+                streams = it.streams()
+                await under_way(streams)
+                os.kill(it.worker(0), signal.SIGKILL)
+                # A request that sees two deaths and no token in between would rightly be blamed for them. A token
+                # behind what tables hold on shard 1 once all are there was not on its way when shard 0 died.
+                async with asyncio.timeout(SECONDS):
+                    while True:
+                        present = (await client.page_map()).sequences
+                        held = [16 * len(each.pages) for each in present if each.shard_id == 1 and each.pages]
+                        if len(held) == len(present) == len(streams):
+                            break
+                        await asyncio.sleep(0.005)
+                await under_way(streams, max(held) + 1)
+                assert not any(stream.task.done() for stream in streams)
+                os.kill(it.worker(1), signal.SIGKILL)
             await finish(streams, expected)
 
     run(scenario())
