@@ -7,7 +7,6 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -73,13 +72,17 @@ def measure(cores: int | None = None, say: Callable[[str], None] = lambda text: 
 def _measure(backend: Native, cores: int, say: Callable[[str], None]) -> Hardware:
     say("reading memory")
     together = read_rate(cores)
-    read = max(_read_alone(), together / cores)
-    say("products")
-    products, barrier = _products(backend), _barrier(backend, cores)
-    elements = _elements(backend, products[-1][1])
-    say("attention")
-    slow_read, decode, prefill = _attention(1, 1, 128), _attention(7, 1, 64), _attention(7, 1, 64, 256)
-    say("exchange")
+    say("products and attention")
+    wide, layers = _Wide(backend), _Layers(backend)
+    slow_read, decode, prefill = attentions = _Attention(1, 1, 128), _Attention(7, 1, 64), _Attention(7, 1, 64, 256)
+    calls: list[Callable[[], object]] = [partial(wide.head, rows) for rows in _ROWS]
+    calls += [layers.forward, *(each.attend for each in attentions)]
+    alone, seconds = _beside_reading(calls)
+    read = max(alone, together / cores)
+    products = tuple((rows, wide.flop(rows) / each) for rows, each in zip(_ROWS, seconds, strict=False))
+    of_layers, of_slow_read, of_decode, of_prefill = seconds[len(_ROWS) :]
+    say("barriers and exchanges")
+    barrier = _barrier(backend, cores)
     latency, rate = _exchange(backend)
     say("planning")
     step, row = _planning()
@@ -92,10 +95,10 @@ def _measure(backend: Native, cores: int, say: Callable[[str], None]) -> Hardwar
         host_read_bytes_per_s=max(together, read),
         product_flops=products,
         float32_share=0.5,
-        elements_per_s=elements,
-        attention_read_share=min(1.0, slow_read.bytes_per_s / read),
-        attention_decode_flops=decode.flops,
-        attention_prefill_flops=prefill.flops,
+        elements_per_s=layers.elements_per_s(of_layers, products[-1][1]),
+        attention_read_share=min(1.0, slow_read.num_bytes / of_slow_read / read),
+        attention_decode_flops=decode.flop / of_decode,
+        attention_prefill_flops=prefill.flop / of_prefill,
         layer_s=0.0,
         barrier_s=barrier,
         step_s=step,
@@ -110,25 +113,36 @@ def _measure(backend: Native, cores: int, say: Callable[[str], None]) -> Hardwar
     )
 
 
-def _cpu_seconds(call: Callable[[], object], samples: int | None = None) -> float:
-    """CPU time of what this thread does alone, which neighbours on its core do not lengthen: the median of some calls,
-    after one that does not count."""
-    return statistics.median(_times(call, samples, time.thread_time))
+def _beside_reading(calls: Sequence[Callable[[], object]]) -> tuple[float, list[float]]:
+    """(bytes/s of plain reading by one thread, CPU seconds of each call), of the same state of the memory.
+
+    On a virtual machine that changes within seconds, and with it whatever reads much. So all calls take turns, each
+    behind a reading, and of a call those turns count, the quicker half, whose reading was quickest. CPU time, since
+    neighbours on the core do not lengthen it.
+    """
+    buffer = torch.ones(_READ_BYTES // 4)
+    turns: list[list[tuple[float, float]]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    for _ in range(_SAMPLES):
+        for call, found in zip(calls, turns, strict=True):
+            found.append((_seconds(partial(cpu.read, buffer), time.thread_time), _seconds(call, time.thread_time)))
+    best = [sorted(found)[: (len(found) + 1) // 2] for found in turns]
+    reading = statistics.median(reading for found in best for reading, _ in found)
+    return _READ_BYTES / reading, [statistics.median(seconds for _, seconds in found) for found in best]
 
 
 def _wall_seconds(call: Callable[[], object], samples: int | None = None) -> float:
-    """Time of what several threads do together: the least, when others left the machine alone."""
-    return min(_times(call, samples, time.perf_counter))
-
-
-def _times(call: Callable[[], object], samples: int | None, clock: Callable[[], float]) -> list[float]:
+    """Time of what several threads do together: the least of some calls, when others left the machine alone, after one
+    that does not count."""
     call()
-    found = []
-    for _ in range(_SAMPLES if samples is None else samples):
-        start = clock()
-        call()
-        found.append(clock() - start)
-    return found
+    return min(_seconds(call, time.perf_counter) for _ in range(_SAMPLES if samples is None else samples))
+
+
+def _seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
+    call()
+    return clock() - start
 
 
 def _together(calls: Sequence[Callable[[], object]]) -> None:
@@ -158,12 +172,6 @@ def _repeated(call: Callable[[], object]) -> Callable[[], None]:
             call()
 
     return several
-
-
-def _read_alone() -> float:
-    """Bytes/s of plain reading by one thread."""
-    buffer = torch.ones(_READ_BYTES // 4)
-    return _READ_BYTES / _cpu_seconds(partial(cpu.read, buffer))
 
 
 def read_rate(readers: int) -> float:
@@ -219,16 +227,17 @@ def _rows(rows: int, columns: int) -> Rows:
     return Rows.beside((_numbers(rows, columns),), (None,))
 
 
-def _products(backend: Native) -> tuple[tuple[int, float], ...]:
-    """(rows, flop/s) of a product whose weights no cache holds."""
-    depth, columns = 1024, 1 << 16
-    shape = DecoderShape(depth, 1, 1, 64, 32, 32, 1e-6, 1.0, (0,))
-    toy = _Toy(backend, shape, 1, 1, 1, head=columns)
+class _Wide:
+    """A product whose weights no cache holds."""
 
-    def rate(rows: int) -> float:
-        return 2 * rows * depth * columns / _cpu_seconds(lambda: toy.head(rows))
+    _DEPTH, _COLUMNS = 1024, 1 << 16
 
-    return tuple((rows, rate(rows)) for rows in _ROWS)
+    def __init__(self, backend: Native) -> None:
+        shape = DecoderShape(self._DEPTH, 1, 1, 64, 32, 32, 1e-6, 1.0, (0,))
+        self.head = _Toy(backend, shape, 1, 1, 1, head=self._COLUMNS).head
+
+    def flop(self, rows: int) -> float:
+        return 2.0 * rows * self._DEPTH * self._COLUMNS
 
 
 def _thin() -> DecoderShape:
@@ -236,16 +245,25 @@ def _thin() -> DecoderShape:
     return DecoderShape(2048, 1, 1, 16, 16, 32, 1e-6, 1.0, (0,))
 
 
-def _elements(backend: Native, flops: float) -> float:
-    """Elements/s: what a layer's step takes beside its products, at as many rows as `flops` holds for."""
-    rows, layers = _ROWS[-1], 4
-    shape = DecoderShape(1024, 16, 2, 64, 2816, 32, 1e-6, 1.0, (0,))
-    toy = _Toy(backend, shape, layers, 1, rows)
-    qkv, q = (16 + 2 * 2) * 64, 16 * 64
-    weights = 1024 * (qkv + q + 3 * 2816)
-    whole = _cpu_seconds(lambda: toy.forward(rows)) / layers
-    left = max(whole - 2 * rows * weights / flops, 0.01 * whole)
-    return rows * (4 * 1024 + qkv + q + 2816) / left
+class _Layers:
+    """What layers take beside their products, at as many rows as the last of `_ROWS`."""
+
+    _COUNT = 4
+
+    def __init__(self, backend: Native) -> None:
+        shape = DecoderShape(1024, 16, 2, 64, 2816, 32, 1e-6, 1.0, (0,))
+        self._rows = _ROWS[-1]
+        self._toy = _Toy(backend, shape, self._COUNT, 1, self._rows)
+
+    def forward(self) -> None:
+        self._toy.forward(self._rows)
+
+    def elements_per_s(self, seconds: float, flops: float) -> float:
+        """Args: seconds: of `forward`. flops: of products of as many rows."""
+        qkv, q = (16 + 2 * 2) * 64, 16 * 64
+        weights, whole = 1024 * (qkv + q + 3 * 2816), seconds / self._COUNT
+        left = max(whole - 2 * self._rows * weights / flops, 0.01 * whole)
+        return self._rows * (4 * 1024 + qkv + q + 2816) / left
 
 
 def _barrier(backend: Native, cores: int) -> float:
@@ -259,29 +277,24 @@ def _barrier(backend: Native, cores: int) -> float:
     return max(0.0, _wall_seconds(lambda: two.forward(1), 20) - alone) / (layers * 9)
 
 
-@dataclass(frozen=True, slots=True)
-class _Rate:
-    bytes_per_s: float
-    flops: float
-
-
-def _attention(heads: int, kv_heads: int, dim: int, queries: int = 1) -> _Rate:
+class _Attention:
     """Of one core: eight rows that decode, or a chunk of `queries` at the end of 8,192 keys."""
-    rows, context = (8, (1 << 28) // (8 * 4 * kv_heads * dim)) if queries == 1 else (1, 8192)
-    context = context // _BLOCK * _BLOCK
-    blocks = rows * context // _BLOCK
-    shape = (1, blocks, 2, kv_heads, _BLOCK, dim)
-    pool = torch.frombuffer(huge_memory(blocks * 4 * kv_heads * _BLOCK * dim), dtype=torch.bfloat16).view(shape)
-    pool.fill_(0.01)
-    each = torch.arange(context // _BLOCK, dtype=torch.int32) * _BLOCK
-    starts = torch.arange(rows + 1, dtype=torch.int32)
-    pages = PageList(starts * len(each), torch.arange(blocks, dtype=torch.int32), each.repeat(rows))
-    mask = Mask(torch.full((rows,), context - queries, dtype=torch.int32))
-    q = torch.full((rows * queries, heads, dim), 0.01, dtype=torch.bfloat16)
-    seconds = _cpu_seconds(lambda: ops.attend(q, starts * queries, (pool,), 0, pages, mask))
-    pairs = rows * queries * (context - (queries - 1) / 2)
-    num_bytes = rows * context * 4 * kv_heads * dim
-    return _Rate(num_bytes / seconds, 4 * pairs * heads * dim / seconds)
+
+    def __init__(self, heads: int, kv_heads: int, dim: int, queries: int = 1) -> None:
+        rows, context = (8, (1 << 28) // (8 * 4 * kv_heads * dim)) if queries == 1 else (1, 8192)
+        context = context // _BLOCK * _BLOCK
+        blocks = rows * context // _BLOCK
+        shape = (1, blocks, 2, kv_heads, _BLOCK, dim)
+        pool = torch.frombuffer(huge_memory(blocks * 4 * kv_heads * _BLOCK * dim), dtype=torch.bfloat16).view(shape)
+        pool.fill_(0.01)
+        each = torch.arange(context // _BLOCK, dtype=torch.int32) * _BLOCK
+        starts = torch.arange(rows + 1, dtype=torch.int32)
+        pages = PageList(starts * len(each), torch.arange(blocks, dtype=torch.int32), each.repeat(rows))
+        mask = Mask(torch.full((rows,), context - queries, dtype=torch.int32))
+        q = torch.full((rows * queries, heads, dim), 0.01, dtype=torch.bfloat16)
+        self.attend = partial(ops.attend, q, starts * queries, (pool,), 0, pages, mask)
+        self.num_bytes = rows * context * 4 * kv_heads * dim
+        self.flop = 4 * rows * queries * (context - (queries - 1) / 2) * heads * dim
 
 
 class _Pair:
