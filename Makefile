@@ -15,6 +15,8 @@ BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
 # What `make demo` needs: the base package, or whatever fuller environment is there already.
 ANY := $(if $(wildcard $(DEV)),$(DEV),$(BASE))
+# Tests that need one core and nothing that others use. They run beside the others, and their words come last.
+BESIDE := tests/pure tests/cpu/test_gpu_model.py $(sort $(wildcard tests/cpu/test_triton_*.py))
 
 .PHONY: help setup test lint pytest demo bench clean
 .DELETE_ON_ERROR:
@@ -49,7 +51,9 @@ lint: $(DEV)
 	$(BIN)/mypy
 
 pytest: $(DEV)
-	$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(BESIDE) >$(VENV)/beside.log 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(BESIDE)); others=$$?; \
+	wait $$beside; beside=$$?; cat $(VENV)/beside.log; exit $$((others | beside))
 
 test: lint
 	@$(MAKE) --no-print-directory pytest
