@@ -12,7 +12,7 @@ import mmap
 from array import array
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ import torch
 
 from kernels import cpu
 from kernels.ops import Mask, PageList
-from kernels.peers import Peers
+from kernels.peers import Peers, Ring
 
 PANEL = 32  # kPanel in csrc/step.h
 HALF_PANEL = 16
@@ -61,6 +61,8 @@ class _Model(ctypes.Structure):
     _fields_ = [
         ("layers", ctypes.POINTER(_Layer)),
         ("carried", _Mlp),
+        *((name, ctypes.POINTER(_Mlp)) for name in ("border_in", "border_out")),
+        *((name, _INT) for name in ("num_border_in", "num_border_out")),
         ("norm", _ADDRESS),
         ("head", _Matrix),
         *((name, _ADDRESS) for name in ("embedding", "frequencies")),
@@ -156,7 +158,11 @@ class MlpRows:
 
 @dataclass(frozen=True, slots=True)
 class LayerRows:
-    """One decoder layer. Norm weights are float32."""
+    """One decoder layer. Norm weights are float32.
+
+    Attributes:
+        border: pieces of a cut MLP that the next stage has too, which a step does on either stage; of the last layer.
+    """
 
     input_norm: torch.Tensor
     q_norm: torch.Tensor | None
@@ -165,6 +171,7 @@ class LayerRows:
     o: Rows
     mlp: MlpRows
     window: int
+    border: Sequence[MlpRows] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +223,23 @@ class DecoderShape:
             return 0
         found = self.attended_heads * (self.head_dim + 1) * 4
         return tokens * max(found, self.q_heads * self.head_dim * dtype.itemsize)
+
+
+@dataclass(slots=True)
+class Border:
+    """Which pieces of a cut MLP a step does where two stages have them. All are added in one order.
+
+    Attributes:
+        given: so many of the stage before are in what it handed on.
+        most: so many of the next stage's are done here, at most.
+        behind: to the next stage: no more are done once it waits for this step. None: it is not looked at.
+        made: how many were done.
+    """
+
+    given: int = 0
+    most: int = 0
+    behind: Ring | None = None
+    made: ctypes.c_int64 = field(default_factory=ctypes.c_int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,22 +333,24 @@ class NativeDecoder:
             self._library.quire_engine_free(self.engine)
             self.engine = None
 
-    def set_carried(self, mlp: MlpRows) -> None:
-        """Pack the units that the stage before left of its last layer's MLP; they come before the first layer."""
-        self.model.carried = _Mlp(self._pointer(mlp.norm), *self._pack((mlp.gate_up, mlp.down)))
+    def set_carried(self, mlp: MlpRows, border: Sequence[MlpRows] = ()) -> None:
+        """Pack the units that the stage before left of its last layer's MLP; they come before the first layer.
+
+        Args:
+            border: pieces of that MLP that the stage before has too, see `LayerRows`.
+        """
+        mlps = (*border, mlp)
+        *pieces, self.model.carried = self._mlps(mlps, self._pack(_matrices(mlps)))
+        self.model.border_in, self.model.num_border_in = (_Mlp * len(pieces))(*pieces), len(pieces)
 
     def add_layer(self, layer: LayerRows) -> None:
         """Pack a layer; its plain weights are not needed afterwards."""
-        qkv, o, gate_up, down = self._pack((layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down))
-        self._layers.append(
-            _Layer(
-                *(self._pointer(each) for each in (layer.input_norm, layer.q_norm, layer.k_norm)),
-                qkv,
-                o,
-                _Mlp(self._pointer(layer.mlp.norm), gate_up, down),
-                self.shape.windows.index(layer.window),
-            )
-        )
+        norms = (self._pointer(each) for each in (layer.input_norm, layer.q_norm, layer.k_norm))
+        mlps = (layer.mlp, *layer.border)
+        qkv, o, *matrices = self._pack([layer.qkv, layer.o, *_matrices(mlps)])
+        mlp, *pieces = self._mlps(mlps, matrices)
+        self._layers.append(_Layer(*norms, qkv, o, mlp, self.shape.windows.index(layer.window)))
+        self.model.border_out, self.model.num_border_out = (_Mlp * len(pieces))(*pieces), len(pieces)
         layers = (_Layer * len(self._layers))(*self._layers)
         self.model.layers, self.model.num_layers = layers, len(layers)
 
@@ -353,6 +379,7 @@ class NativeDecoder:
         out: torch.Tensor | None = None,
         tensor: Peers | None = None,
         slice: Peers | None = None,
+        border: Border | None = None,
     ) -> torch.Tensor:
         """Run all layers over one ragged batch of T tokens in R rows.
 
@@ -368,6 +395,7 @@ class NativeDecoder:
                 give the same rows of the same tokens, and get the same bits.
             slice: the ranks that hold the pages of these kv heads, shape.num_groups of them in the order of their
                 heads; None: all pages are here.
+            border: what of the pieces that two stages have is done where; None: by the later one.
 
         Returns:
             float32 [T, hidden], the residual stream behind the last layer. Where that layer's MLP is cut, [2, T,
@@ -387,13 +415,17 @@ class NativeDecoder:
                 out = torch.empty(self._rows(num_tokens, is_cut), dtype=torch.float32)
             else:
                 _check_hidden("out", out, self._rows(num_tokens, is_cut))
-            hidden, ids = out, tokens.data_ptr()
+            partial_in, ids = 0, tokens.data_ptr()
         else:
             _check_hidden("hidden", hidden, self._rows(num_tokens, is_carried))
-            ids = 0
-            if is_cut and not is_carried:
-                hidden = torch.stack((hidden, hidden))  # room for what the last MLP adds
-        stream, partial = (hidden, 0) if hidden.dim() == 2 else (hidden[0], hidden[1].data_ptr())
+            out, partial_in, ids = hidden, 0, 0
+            if is_carried:
+                out, partial_in = hidden[0], hidden[1].data_ptr()
+            if is_cut:
+                out = torch.stack((out, out))  # room for what the last MLP adds
+        border = border or Border()
+        if not 0 <= border.given <= self.model.num_border_in:
+            raise ValueError(f"border: got {border.given} pieces, must be from 0 to {self.model.num_border_in}")
         if (1 if slice is None else slice.size) != shape.num_groups:
             got = "none" if slice is None else f"{slice.size} ranks"
             raise ValueError(f"slice: got {got}, must be the {shape.num_groups} groups of the shape")
@@ -414,7 +446,12 @@ class NativeDecoder:
                 masks[windows[0]].first_position.data_ptr(),
                 *(where, where + count * item, where + 2 * count * item),  # page_start, page_block, page_position
                 *(where + 3 * count * item, where + 4 * count * item),  # windows, num_entries
-                *(pool.data_ptr(), stream.data_ptr(), partial if is_carried else 0, partial if is_cut else 0),
+                *(pool.data_ptr(), out.data_ptr(), partial_in, out[1].data_ptr() if is_cut else 0),
+                *(border.given, min(border.most, self.model.num_border_out)),
+                *(
+                    0 if border.behind is None else ctypes.addressof(border.behind.struct),
+                    ctypes.addressof(border.made),
+                ),
                 *(pool.stride(0) * size, pool.stride(1) * size, pool.shape[1], pool.shape[4]),
                 *(num_tokens, len(query_start) - 1, count),
                 *(self.deterministic, pool.dtype == torch.int8),
@@ -426,7 +463,7 @@ class NativeDecoder:
         if code == _BROKEN:
             raise next(each.broken() for each in (tensor, slice) if each is not None and each.is_broken)
         cpu.raise_for(code, message)
-        return hidden if is_cut else stream
+        return out
 
     def head(self, hidden: torch.Tensor, rows: npt.NDArray[np.int64], *, logits: bool) -> Head:
         """Norm and head over some rows of what `forward` returned; all their logits too where asked for.
@@ -456,6 +493,10 @@ class NativeDecoder:
         """The shape of what one stage hands to the next."""
         rows = (tokens, self.shape.hidden)
         return (2, *rows) if is_cut else rows
+
+    def _mlps(self, mlps: Sequence[MlpRows], matrices: Sequence[_Matrix]) -> list[_Mlp]:
+        pairs = zip(matrices[::2], matrices[1::2], strict=True)
+        return [_Mlp(self._pointer(mlp.norm), *pair) for mlp, pair in zip(mlps, pairs, strict=True)]
 
     def _pointer(self, tensor: torch.Tensor | None) -> int | None:
         if tensor is None:
@@ -533,6 +574,10 @@ def _choose(
 def _address_of(peers: Peers | None) -> int:
     """For a step: 0 where there is nobody else."""
     return 0 if peers is None or peers.size == 1 else ctypes.addressof(peers.struct)
+
+
+def _matrices(mlps: Sequence[MlpRows]) -> list[Rows]:
+    return [each for mlp in mlps for each in (mlp.gate_up, mlp.down)]
 
 
 def _check_hidden(name: str, hidden: torch.Tensor, shape: tuple[int, ...]) -> None:

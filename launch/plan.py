@@ -192,6 +192,7 @@ class Question:
             ranks = parts[stage * ways.tensor : (stage + 1) * ways.tensor]
             largest = max(ranks, key=lambda part: part.weight_bytes(model, item))
             mlp = max(len(part.mlp) for part in ranks)
+            even = parts[(stage - 1) * ways.tensor].border_even if stage else 0  # of the border to the stage before
             stages.append(
                 Stage(
                     windows=tuple(model.windows[layer] for layer in largest.layers),
@@ -202,7 +203,9 @@ class Question:
                     head_rows=max(len(part.vocab) for part in ranks) if largest.is_last else 0,
                     weight_bytes=largest.weight_bytes(model, item),
                     left_mlp=mlp - max(len(part.last_mlp) for part in ranks),
-                    carried_mlp=max(len(part.carried_mlp) for part in ranks),
+                    carried_mlp=max(len(part.carried_mlp) for part in ranks) + sum(map(len, largest.border_in[even:])),
+                    border_in=sum(map(len, largest.border_in[:even])),
+                    border_out=sum(map(len, largest.border_out[: largest.border_even])),
                 )
             )
         numbers = Model(model.hidden_size, model.head_dim, item, self.kv_row_bytes)

@@ -53,6 +53,8 @@ class Stage:
         head_rows: of the vocabulary; 0 where the stage is not the last.
         left_mlp: of the rows of its last layer's MLP, those left to the next stage.
         carried_mlp: rows that the stage before left to it.
+        border_in, border_out: rows in common with the stage before, and with the next one, which the first of the two
+            does in a decode and the second in a chunk of a prompt. They are left, and not carried.
     """
 
     windows: tuple[int, ...]
@@ -64,11 +66,13 @@ class Stage:
     weight_bytes: int
     left_mlp: int = 0
     carried_mlp: int = 0
+    border_in: int = 0
+    border_out: int = 0
 
-    @property
-    def mlp_rows(self) -> int:
-        """Of all MLPs."""
-        return len(self.windows) * self.mlp - self.left_mlp + self.carried_mlp
+    def mlp_rows(self, is_prefill: bool) -> int:
+        """Of all MLPs, in a chunk of prompts or a decode."""
+        rows = len(self.windows) * self.mlp - self.left_mlp + self.carried_mlp
+        return rows + (self.border_in if is_prefill else self.border_out)
 
     @property
     def num_halves(self) -> int:
@@ -198,7 +202,9 @@ class Cost:
             for window, count in Counter(stage.windows).items()
         )
         return dataclasses.replace(
-            self._step(stage, rows, attention), head=self._head(stage, rows), overhead=self._launch(stage)
+            self._step(stage, rows, attention, is_prefill=False),
+            head=self._head(stage, rows),
+            overhead=self._launch(stage),
         )
 
     def prefill(self, load: Workload, sequences: int) -> float:
@@ -266,12 +272,13 @@ class Cost:
         begin, end = 2 * low / low_rate, 2 * high / rate
         return begin + (end - begin) * (rows - low) / (high - low)
 
-    def _step(self, stage: Stage, tokens: int, attention: float) -> Times:
+    def _step(self, stage: Stage, tokens: int, attention: float, is_prefill: bool) -> Times:
         """The layers over `tokens` tokens; head and overhead are still missing."""
         layers, hidden, dim = len(stage.windows), self.model.hidden, self.model.head_dim
         qkv = (stage.heads + 2 * stage.kv_heads) * dim
-        weights = hidden * (layers * (qkv + stage.heads * dim) + 3 * stage.mlp_rows)
-        numbers = 2 * stage.num_halves * hidden + layers * (qkv + stage.attended * dim) + stage.mlp_rows
+        mlp_rows = stage.mlp_rows(is_prefill)
+        weights = hidden * (layers * (qkv + stage.heads * dim) + 3 * mlp_rows)
+        numbers = 2 * stage.num_halves * hidden + layers * (qkv + stage.attended * dim) + mlp_rows
         return Times(
             products=self.product_s(tokens, weights),
             elements=tokens * numbers / self.hardware.elements_per_s,
@@ -286,7 +293,7 @@ class Cost:
             for window, count in Counter(stage.windows).items()
         )
         return dataclasses.replace(
-            self._step(stage, size * prompts, attention * prompts),
+            self._step(stage, size * prompts, attention * prompts, is_prefill=True),
             head=self._head(stage, prompts) if is_last else 0.0,
             overhead=self._launch(stage),
         )

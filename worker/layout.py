@@ -1,7 +1,8 @@
 """How a shard's ranks divide a model: tensor ranks by heads and rows, stages by layers, groups by pages.
 
 A stage may end inside the MLP of its last layer, whose rows add up: the next stage does the others, before its own
-layers. The attention of a layer, and with it its pages, lies in one stage.
+layers. The attention of a layer, and with it its pages, lies in one stage. Where a stage is one rank, some rows of that
+MLP are on both: a decode reads all of the head, a chunk of a prompt next to none, which moves the middle.
 
 Rank = stage * T + t, and t = slice * G + group. Query heads are dealt slice-major, so the G ranks of a slice together
 own the query heads of its key-value heads and hold equal copies of its K and V weights; pages lie in one group each:
@@ -16,7 +17,7 @@ Arithmetic of shapes only: standard library, no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -29,6 +30,7 @@ MLP_UNIT = 16  # kHalfPanel in csrc/step.h: rows of gate and up, columns of down
 PANEL = 32  # kPanel in csrc/step.h: rows of a packed matrix
 _MLP_PIECES = 16  # of a layer's MLP, at most: between them a stage may end
 _GAIN = 0.01  # of the largest stage's cost: what ends inside MLPs must win, since they double what is handed on
+_SLACK = 3  # pieces of an MLP by which one of two stages may be late before the other waits
 _WORD_BYTES = 4  # of packed weights: a float, or two bfloat16
 _MLP, _MLP_NORM = ("gate_proj", "up_proj", "down_proj"), "post_attention_layernorm"
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -48,13 +50,19 @@ class Stage:
 
     Attributes:
         layers: those whose attention and pages it has.
-        last_mlp: rows of its last layer's MLP: from the first, all of them or as many as it does.
-        carried_mlp: rows of the MLP of the layer before `layers`: those that the stage before left, if any.
+        last_mlp: rows of its last layer's MLP: from the first, all of them or as many as it always does.
+        carried_mlp: rows of the MLP of the layer before `layers`: those that the stage before never does, if any.
+        border_in, border_out: pieces between the two, of the MLP of the layer before and of the last layer's, that both
+            stages have.
+        border_even: so many of `border_out` make stages even for a decode.
     """
 
     layers: range
     last_mlp: range
     carried_mlp: range
+    border_in: tuple[range, ...] = ()
+    border_out: tuple[range, ...] = ()
+    border_even: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +135,9 @@ class Layout:
                 mlp=_share(range(model.intermediate_size), self.tensor, t, MLP_UNIT),
                 last_mlp=_share(stage.last_mlp, self.tensor, t, MLP_UNIT),
                 carried_mlp=_share(stage.carried_mlp, self.tensor, t, MLP_UNIT),
+                border_in=stage.border_in,
+                border_out=stage.border_out,
+                border_even=stage.border_even,
                 vocab=_share(range(model.vocab_size), self.tensor, t, vocab_unit),
             )
             for number, stage in enumerate(stages)
@@ -138,11 +149,13 @@ class Layout:
 
         Four fifths of the head's count with the last layer: a decode reads all of them, a chunk of a prompt next to
         none. The embedding's do not: a step looks up a few rows. Stages end between layers, or inside MLPs where
-        that makes the largest one smaller by `_GAIN`.
+        that makes the largest one smaller by `_GAIN`. Where stages are one rank, two of them have some of such an MLP,
+        and with it what chunks of prompts and decodes differ in, and by what one may be late: from where the first
+        would end if the head did not count to a little behind where it ends.
         """
         self.check(model)
         edges = self._mlp_edges(model.intermediate_size)
-        pieces = _piece_costs(model, edges)
+        pieces = _piece_costs(model, edges, model.vocab_size * model.hidden_size * 4 // 5)
         count = len(edges)  # pieces of a layer
         layers = [sum(pieces[at : at + count]) for at in range(0, len(pieces), count)]
         whole = tuple(range(run.start * count, run.stop * count) for run in split_evenly(layers, self.pipeline))
@@ -151,20 +164,37 @@ class Layout:
         def largest(runs: Sequence[range]) -> int:
             return max(sum(pieces[run.start : run.stop]) for run in runs)
 
-        def stage(run: range) -> Stage:
-            (first, begin), (end, rest) = divmod(run.start, count), divmod(run.stop, count)
-            size = model.intermediate_size
-            return Stage(
-                layers=range(first + (begin > 0), end + (rest > 0)),
-                last_mlp=range(edges[rest] if rest else size),
-                carried_mlp=range(edges[begin], size) if begin else range(0),
-            )
+        def border(stop: int, low: int) -> tuple[int, ...]:
+            """Where pieces of the border begin, and the last one ends, in the MLP inside of which a stage ends."""
+            layer, rest = divmod(stop, count)
+            if not rest or self.tensor > 1:
+                return (rest,)
+            first, last = max(min(low - layer * count, rest - _SLACK), 1), min(rest + _SLACK, count - 1)
+            return (first, *range(max(first + 1, rest - _SLACK), last + 1))
+
+        def stages(runs: Sequence[range], lows: Sequence[range]) -> tuple[Stage, ...]:
+            size, found = model.intermediate_size, list[Stage]()
+            before: tuple[int, ...] = (0,)
+            for run, low in zip(runs, lows, strict=True):
+                after = border(run.stop, low.stop)
+                found.append(
+                    Stage(
+                        layers=range(-(-run.start // count), -(-run.stop // count)),
+                        last_mlp=range(edges[after[0]] or size),
+                        carried_mlp=range(edges[before[-1]] or size, size),
+                        border_in=_runs(edges[at] for at in before),
+                        border_out=_runs(edges[at] for at in after),
+                        border_even=sum(at <= run.stop % count for at in after[1:]),
+                    )
+                )
+                before = after
+            return tuple(found)
 
         if largest(cut) <= (1 - _GAIN) * largest(whole):
-            found = tuple(map(stage, cut))
+            found = stages(cut, split_evenly(_piece_costs(model, edges, 0), self.pipeline))
             if all(each.layers for each in found):
                 return found
-        return tuple(map(stage, whole))
+        return stages(whole, whole)
 
     def _mlp_edges(self, rows: int) -> range:
         """Where the pieces of an MLP begin: each tensor rank gets units before and behind each but the first."""
@@ -232,6 +262,7 @@ class Part:
         mlp: rows of gate and up, columns of down, of a layer whose MLP is in one stage.
         last_mlp: the same of its last layer's MLP: fewer than `mlp` where its stage ends inside that one.
         carried_mlp: the same of the MLP that the stage before left unfinished; empty where it left none.
+        border_in, border_out, border_even: of its stage, which is one rank where there is a border.
         vocab: rows of the head; of use on the last stage.
     """
 
@@ -244,6 +275,9 @@ class Part:
     mlp: range
     last_mlp: range
     carried_mlp: range
+    border_in: tuple[range, ...]
+    border_out: tuple[range, ...]
+    border_even: int
     vocab: range
 
     @property
@@ -333,12 +367,13 @@ class Part:
         )
 
         def mlp(rows: range, adds_bias: bool = adds_biases) -> int:
+            if not rows:
+                return 0
             gate_up = matrix(2 * -(-len(rows) // MLP_UNIT) * MLP_UNIT, hidden, model.mlp_bias)
             return gate_up + matrix(hidden, len(rows), model.mlp_bias and adds_bias) + hidden * 4
 
         mlps = (len(self.layers) - 1) * mlp(self.mlp) + mlp(self.last_mlp)
-        if self.is_carrying:
-            mlps += mlp(self.carried_mlp, adds_bias=False)
+        mlps += sum(mlp(rows, adds_bias=False) for rows in (self.carried_mlp, *self.border_in, *self.border_out))
         embedding = model.vocab_size * hidden * item_bytes if self.is_first else 0
         head = matrix(len(self.vocab), hidden) + hidden * 4 if self.is_last else 0
         return len(self.layers) * attention + mlps + embedding + head
@@ -371,7 +406,11 @@ class Part:
         if layer not in self.layers and not (is_carried and linear in (*_MLP, _MLP_NORM)):
             return None
         q, kv = (range(heads.start * head_dim, heads.stop * head_dim) for heads in (self.heads, self.kv_heads))
-        mlp = self.carried_mlp if is_carried else self.last_mlp if layer == self.layers[-1] else self.mlp
+        mlp = self.mlp
+        if is_carried:
+            mlp = range((*self.border_in, self.carried_mlp)[0].start, self.carried_mlp.stop)
+        elif layer == self.layers[-1]:
+            mlp = range(self.last_mlp.start, (self.last_mlp, *self.border_out)[-1].stop)
         rows = {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": mlp, "up_proj": mlp}
         columns = {"o_proj": q, "down_proj": mlp}
         if linear not in columns:
@@ -381,8 +420,9 @@ class Part:
         return Slice() if self.tensor_rank == 0 and not is_carried else None
 
 
-def _piece_costs(model: ModelConfig, edges: range) -> list[int]:
-    """Weights of the layers' pieces, which begin at these rows of each MLP; all else of a layer is in its first."""
+def _piece_costs(model: ModelConfig, edges: range, head: int) -> list[int]:
+    """Weights of the layers' pieces, which begin at these rows of each MLP; all else of a layer is in its first, and
+    the `head` counts with the last one."""
     size = model.intermediate_size
     widths = [end - begin for begin, end in pairwise((*edges, size))]
     costs = [0] * (model.num_layers * len(widths))
@@ -396,8 +436,13 @@ def _piece_costs(model: ModelConfig, edges: range) -> list[int]:
                 costs[first + piece] += cost // size * width
         else:
             costs[first] += cost
-    costs[-1] += model.vocab_size * model.hidden_size * 4 // 5
+    costs[-1] += head
     return costs
+
+
+def _runs(places: Iterable[int]) -> tuple[range, ...]:
+    """From each place to the next one."""
+    return tuple(range(begin, end) for begin, end in pairwise(places))
 
 
 def _share(total: range, parts: int, part: int, unit: int = 1) -> range:

@@ -6,6 +6,7 @@ the sums of products and everything between two products stay float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from kernels.cpu import Native
-from kernels.decoder import CHOICE, DecoderShape, Head, LayerRows, MlpRows, NativeDecoder, Rows
+from kernels.decoder import CHOICE, Border, DecoderShape, Head, LayerRows, MlpRows, NativeDecoder, Rows
 from kernels.peers import Peers
 from worker.draw import Shape
 from worker.kv_cache import PagedKVCache
@@ -21,6 +22,8 @@ from worker.layout import Layout, Part
 from worker.model_config import ModelConfig
 from worker.tables import Batch
 from worker.weights import Progress, TensorReader, Weights
+
+_DOWN = "mlp.down_proj"
 
 
 class NativeModel:
@@ -79,10 +82,13 @@ class NativeModel:
             shape, dtype, embedding, norm, frequencies, backend, threads, deterministic=deterministic
         )
         if part.is_carrying:
-            self.decoder.set_carried(_LayerReader(config, reader, part.layers.start - 1).mlp())
+            cut = _LayerReader(config, reader, part.layers.start - 1)
+            *border, carried = cut.mlps([*part.border_in, part.carried_mlp])
+            self.decoder.set_carried(carried, border)
             weights.release()
         for layer in part.layers:
-            self.decoder.add_layer(_LayerReader(config, reader, layer).rows())
+            units = [part.last_mlp, *part.border_out] if layer == part.layers[-1] else [part.mlp]
+            self.decoder.add_layer(_LayerReader(config, reader, layer).rows(units))
             weights.release()
         if part.is_last:
             self.decoder.set_head(Rows.beside((_head(config, part, reader, embedding),), (None,)))
@@ -97,11 +103,16 @@ class NativeModel:
         out: torch.Tensor | None = None,
         tensor: Peers | None = None,
         slice: Peers | None = None,
+        border: Border | None = None,
     ) -> torch.Tensor:
         """See `Decoder.forward`; the residual stream is float32. `NativeDecoder.forward` says what a part needs."""
-        where = (batch.slots, batch.query_start, cache.pool, batch.pages, batch.masks)
         return self.decoder.forward(
-            batch.tokens, batch.positions, *where, hidden=hidden, out=out, tensor=tensor, slice=slice
+            *(batch.tokens, batch.positions, batch.slots, batch.query_start, cache.pool, batch.pages, batch.masks),
+            hidden=hidden,
+            out=out,
+            tensor=tensor,
+            slice=slice,
+            border=border,
         )
 
     def head(self, hidden: torch.Tensor, rows: npt.NDArray[np.int64], *, logits: bool) -> Head:
@@ -138,25 +149,31 @@ class _LayerReader:
     def __init__(self, config: ModelConfig, reader: TensorReader, layer: int) -> None:
         self._config, self._reader, self._layer = config, reader, layer
 
-    def rows(self) -> LayerRows:
-        config = self._config
+    def rows(self, units: Sequence[range]) -> LayerRows:
+        """Args: units: of its MLP, and of the border's pieces."""
+        config, (mlp, *border) = self._config, self.mlps(units)
         return LayerRows(
             input_norm=self._norm("input_layernorm"),
             q_norm=self._norm("self_attn.q_norm") if config.qk_norm else None,
             k_norm=self._norm("self_attn.k_norm") if config.qk_norm else None,
             qkv=self._beside("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             o=self._beside("self_attn.o_proj"),
-            mlp=self.mlp(),
+            mlp=mlp,
             window=config.windows[self._layer],
+            border=border,
         )
 
-    def mlp(self) -> MlpRows:
-        gate, up = "mlp.gate_proj", "mlp.up_proj"
-        return MlpRows(
-            norm=self._norm("post_attention_layernorm"),
-            gate_up=Rows.paired(self._weight(gate), self._weight(up), self._bias(gate), self._bias(up)),
-            down=self._beside("mlp.down_proj"),
-        )
+    def mlps(self, units: Sequence[range]) -> list[MlpRows]:
+        """What the rank has of the MLP, in these runs of it; the first of them adds the bias of down."""
+        norm, down, bias = self._norm("post_attention_layernorm"), self._weight(_DOWN), self._bias(_DOWN)
+        each = [(self._weight(name), self._bias(name)) for name in ("mlp.gate_proj", "mlp.up_proj")]
+
+        def some(rows: range, down_bias: torch.Tensor | None) -> MlpRows:
+            of = slice(rows.start - units[0].start, rows.stop - units[0].start)
+            (gate, gate_bias), (up, up_bias) = [(w[of], None if b is None else b[of]) for w, b in each]
+            return MlpRows(norm, Rows.paired(gate, up, gate_bias, up_bias), Rows.beside((down[:, of],), (down_bias,)))
+
+        return [some(rows, None if at else bias) for at, rows in enumerate(units)]
 
     def _weight(self, name: str) -> torch.Tensor:
         return self._reader.take(f"model.layers.{self._layer}.{name}.weight")

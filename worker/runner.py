@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from array import array
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.decoder import Head
+from kernels.decoder import Border, Head
 from kernels.peers import PeersBroken, Ring
 from kernels.rank import NativeRank
 from pagetable.ids import PlanNumber
@@ -34,6 +35,7 @@ Model: TypeAlias = Decoder | NativeModel | GpuModel
 # Prompt logprobs can ask for the logits of every token of a chunk; so many rows of them exist at a time.
 MAX_SCORE_ROWS = 64
 _AHEAD_BYTES = 16 << 20  # of weights, at most, that a stage asks for while it waits for the one before
+_BORDER_PIECES = 64  # kBorderPieces in csrc/peers.h: in the tag of hidden rows, more than there are
 _MOST_VIEWS = 16  # more than the slots of two rings; messages over gloo come as new ones
 NOT_FINITE = "the model's logits are not finite at this position"
 NOTHING_LEFT = "no token is left to sample: biases and masks leave none finite"
@@ -227,21 +229,26 @@ class Runner:
         group, model = self.group, self._native
         if group is None or model is None:
             return self.model.forward(batch, self.cache)
-        num_tokens, part = plan.num_tokens, model.part
-        if group.previous is None:
-            out = None if group.next is None else self._rows(group.next.slot(), num_tokens, part.is_cut, is_slot=True)
-            hidden = model.forward(batch, self.cache, out=out, tensor=group.tensor, slice=group.slice)
+        part, behind, previous = model.part, group.next, group.previous
+        if isinstance(behind, Ring):
+            border = Border(most=len(part.border_out), behind=behind)
         else:
-            tag, message = group.previous.receive()
-            if tag != plan.number:
+            border = Border(most=part.border_even)
+        forward = partial(model.forward, batch, self.cache, tensor=group.tensor, slice=group.slice, border=border)
+        if previous is None:
+            out = None if behind is None else self._rows(behind.slot(), plan.num_tokens, part.is_cut, is_slot=True)
+            hidden = forward(out=out)
+        else:
+            tag, message = previous.receive()
+            number, border.given = divmod(tag, _BORDER_PIECES)
+            if number != plan.number:
                 group.abort()
-                raise PeersBroken(f"hidden rows of plan {tag} came for plan {plan.number}")
-            hidden = self._rows(message, num_tokens, part.is_carrying)
-            hidden = model.forward(batch, self.cache, hidden, tensor=group.tensor, slice=group.slice)
-            if group.next is not None:
-                self._rows(group.next.slot(), num_tokens, part.is_cut, is_slot=True).copy_(hidden)
-        if group.next is not None:
-            group.next.publish(plan.number, hidden.numel() * 4)
+                raise PeersBroken(f"hidden rows of plan {number} came for plan {plan.number}")
+            hidden = forward(self._rows(message, plan.num_tokens, part.is_carrying))
+            if behind is not None:
+                self._rows(behind.slot(), plan.num_tokens, part.is_cut, is_slot=True).copy_(hidden)
+        if behind is not None:
+            behind.publish(plan.number * _BORDER_PIECES + border.made.value, hidden.numel() * 4)
         return hidden
 
     def _rows(self, message: torch.Tensor, num_tokens: int, is_cut: bool, *, is_slot: bool = False) -> torch.Tensor:

@@ -85,6 +85,10 @@ struct Meeting {
     }
 };
 
+// The tag of hidden rows from stage to stage: their plan, and how many pieces of the border are in the sums. Mirrored by
+// worker/runner.py.
+constexpr int64_t kBorderPieces = 64;
+
 // Messages from one producer to one consumer through slots in shared memory, as one of the two sees them; mirrored by
 // peers.py. A slot is a line (tag, bytes) and the message.
 struct Ring {
@@ -105,10 +109,12 @@ struct Ring {
         published->advance();
     }
     // The oldest message that is not released, once it is there: its line; null where the ring is broken.
-    const char* receive() {
+    char* receive() {
         return published->await((uint32_t)(done + 1), ahead) ? nullptr : at(done);
     }
     void release() { done++, released->advance(); }
+    // For the producer: whether the consumer waits for the next message.
+    bool is_awaited() const { return released->now() == ((uint32_t)sent & 0x7fffffffu); }
 
     static constexpr int64_t kLine = 64;
 

@@ -182,21 +182,23 @@ int64_t run(const Rank& rank, const Plain& plan, int32_t* tokens, int64_t* num_t
         std::snprintf(message, (size_t)size, text, (long long)got, (long long)step.num_tokens, (long long)needed);
         return int64_t{1};
     };
-    const float* given = nullptr;
+    float* given = nullptr;
+    int64_t made = 0;
     if (rank.previous) {
-        const char* const head = rank.previous->receive();
+        char* const head = rank.previous->receive();
         if (!head) return kBroken;
         int64_t tag, got;
         std::memcpy(&tag, head, 8), std::memcpy(&got, head + 8, 8);
-        if (tag != plan.number) {
-            std::snprintf(message, (size_t)size, "hidden rows of plan %lld came for plan %lld", (long long)tag,
-                          (long long)plan.number);
+        step.border_given = tag % kBorderPieces;
+        if (tag / kBorderPieces != plan.number) {
+            std::snprintf(message, (size_t)size, "hidden rows of plan %lld came for plan %lld",
+                          (long long)(tag / kBorderPieces), (long long)plan.number);
             return kBroken;
         }
         if (got != bytes * (1 + is_carried))
             return refuse("hidden rows: got %lld bytes for a step of %lld tokens, must be %lld", got,
                           bytes * (1 + is_carried));
-        given = reinterpret_cast<const float*>(head + Ring::kLine);
+        given = reinterpret_cast<float*>(head + Ring::kLine);
         // the lines are in another core's cache, from where one after the other takes 0.4 us each
         for (int64_t at = 0; at < got; at += 64) __builtin_prefetch(head + Ring::kLine + at, 0, 2);
     }
@@ -214,10 +216,13 @@ int64_t run(const Rank& rank, const Plain& plan, int32_t* tokens, int64_t* num_t
     if (given) std::copy_n(given, numbers, step.hidden);
     step.partial_in = is_carried ? given + numbers : nullptr;
     step.partial_out = rank.is_cut ? step.hidden + numbers : nullptr;
+    step.border_most = rank.model->num_border_out;
+    step.behind = rank.next;
+    step.border_made = &made;
     if (const int64_t code = quire_forward(rank.engine, rank.model, &step, message, size)) return code;
     *num_tokens = 0;
     if (rank.next) {
-        rank.next->publish(plan.number, bytes * (1 + rank.is_cut));
+        rank.next->publish(plan.number * kBorderPieces + made, bytes * (1 + rank.is_cut));
     } else if (plan[kSampleRow].count) {
         if (const int64_t code = sample(rank, plan, step, scratch, tokens)) return code;
         *num_tokens = plan[kSampleRow].count;

@@ -5,7 +5,9 @@
 // the query heads of all, and merges what all found for its own heads.
 //
 // A stage may end inside the MLP of its last layer. It hands on the residual stream as that MLP finds it, and apart from
-// it the sums of the units so far; the next stage adds those of the other units, and then these.
+// it the sums of the units so far, to which the next stage adds those of the other units. Some pieces of the MLP may be on
+// both stages: the first does them until the next one would wait, which does the others. They are added in one order,
+// whoever does which, and so the bits are the same.
 //
 // Every thread runs the same sequence of phases. A phase's work is claimed in pieces and ends at a barrier; rows so few
 // that a barrier would cost more are prepared by each thread for itself.
@@ -160,7 +162,10 @@ public:
                               bands > 1 ? step.tensor->bands + band : nullptr, 0});
     }
 
-    int64_t num_phases() const { return kPhases * (int64_t)bands_.size() * (model_.num_layers + 1); }
+    int64_t num_phases() const {
+        return kPhases * (int64_t)bands_.size() * (model_.num_layers + 1) +
+               2 * (model_.num_border_in + model_.num_border_out);
+    }
     bool failed() const { return failed_.load(); }
     bool broken() const { return broken_.load(); }
     const std::vector<Call>& calls() const { return calls_; }
@@ -172,8 +177,13 @@ public:
         start(phase);
         Sum due{};
         if (model_.carried.norm) {
-            due = {step_.hidden, End::kAdd, &behind(-1)};
-            for (Band& band : bands_) feed_forward(thread, phase, band, model_.carried, due);
+            due = {step_.partial_in, End::kAdd, &behind(-1)};
+            for (Band& band : bands_) {
+                const Left left = normed(thread, phase, band, model_.carried.norm);
+                for (int64_t piece = step_.border_given; piece < model_.num_border_in; piece++)
+                    units(thread, phase, band, left, model_.border_in[piece], due);
+                units(thread, phase, band, left, model_.carried, due);
+            }
             for (Band& band : bands_) {
                 if (!finish(thread, phase, band, due)) return;
                 rows(phase, band, [&](int64_t row) {
@@ -198,12 +208,14 @@ public:
             due = {step_.hidden, End::kAdd, &layer.mlp.gate_up};
             for (Band& band : bands_) begin(thread, phase, band, attended_left(thread, phase, band), layer.o, due);
             const bool is_cut = step_.partial_out && index + 1 == model_.num_layers;
-            const Sum units{is_cut ? step_.partial_out : step_.hidden, is_cut ? End::kStore : End::kAdd, &behind(index)};
+            const Sum sum{is_cut ? step_.partial_out : step_.hidden, is_cut ? End::kStore : End::kAdd, &behind(index)};
             for (Band& band : bands_) {
                 if (!finish(thread, phase, band, due)) return;
-                feed_forward(thread, phase, band, layer.mlp, units);
+                const Left left = normed(thread, phase, band, layer.mlp.norm);
+                units(thread, phase, band, left, layer.mlp, sum);
+                if (is_cut) border(thread, phase, band, left, {sum.to, End::kAdd, sum.next});
             }
-            due = units;
+            due = sum;
         }
         for (Band& band : bands_)
             if (!finish(thread, phase, band, due)) return;
@@ -383,9 +395,22 @@ private:
         });
     }
 
+    // The pieces that the next stage has too, for as long as it does not wait. There are some where this rank is alone
+    // in its stage, and so there is one band.
+    void border(int64_t thread, int64_t& phase, Band& band, Left left, const Sum& sum) {
+        for (int64_t piece = 0; piece < step_.border_most; piece++) {
+            if (step_.behind) {
+                if (thread == 0) is_awaited_.store(step_.behind->is_awaited());
+                team_.barrier();
+                if (is_awaited_.load()) return;
+            }
+            units(thread, phase, band, left, model_.border_out[piece], sum);
+            if (thread == 0) (*step_.border_made)++;
+        }
+    }
+
     // Begins the sum of an MLP's units.
-    void feed_forward(int64_t thread, int64_t& phase, Band& band, const Mlp& mlp, const Sum& sum) {
-        const Left left = normed(thread, phase, band, mlp.norm);
+    void units(int64_t thread, int64_t& phase, Band& band, Left left, const Mlp& mlp, const Sum& sum) {
         multiply(thread, phase, band, left, mlp.gate_up, End::kSwish, nullptr, act_, act_row_ * per_word_);
         begin(thread, phase, band, Left{act_, act_row_}, mlp.down, sum);
     }
@@ -511,7 +536,7 @@ private:
     std::vector<Plan> plans_;
     std::vector<Pool> pools_;
     std::vector<Band> bands_;
-    std::atomic<bool> failed_{false}, broken_{false};
+    std::atomic<bool> failed_{false}, broken_{false}, is_awaited_{false};
 };
 
 namespace {

@@ -6,6 +6,7 @@
 namespace quire {
 
 struct Peers;
+struct Ring;
 
 constexpr int kPanel = 32;      // columns of a panel of packed weights
 constexpr int kHalfPanel = 16;  // of a gate-and-up panel: so many columns of each
@@ -87,6 +88,8 @@ struct Layer {
 struct Model {
     const Layer* layers;
     Mlp carried;            // units that the stage before left of its last layer's MLP; norm is null where it left none
+    const Mlp *border_in, *border_out;  // pieces of that MLP, and of the last layer's, that both stages have
+    int64_t num_border_in, num_border_out;
     const float* norm;      // null, as is the head, where another stage has it
     Matrix head;            // of any rows of the vocabulary
     const char* embedding;  // [vocab][hidden] elements, or null
@@ -118,9 +121,13 @@ struct Step {
     const int64_t* num_entries;
     char* pool;
     float* hidden;  // [tokens][hidden]: the residual stream
-    const float* partial_in;  // [tokens][hidden]: sums of the units before those of Model::carried, or null
-    float* partial_out;       // the same of the last layer's MLP, kept out of `hidden` as the next stage goes on with it;
-                              // null where it is whole. It may be partial_in.
+    float* partial_in;  // [tokens][hidden]: sums of the units that the stage before has done, or null; it is changed
+    float* partial_out;  // the same of the last layer's MLP, kept out of `hidden` as the next stage goes on with it; null
+                         // where it is whole; it may be partial_in
+    int64_t border_given;  // pieces of Model::border_in that are in partial_in
+    int64_t border_most;   // pieces of Model::border_out to do here; fewer where the next stage would wait for them
+    const Ring* behind;    // to the next stage, which waits once it has released all messages; null: it is not looked at
+    int64_t* border_made;  // is set to how many are done
     int64_t layer_stride, block_stride, num_blocks, block_size;
     int64_t num_tokens, num_rows, num_windows;
     int64_t is_deterministic;
@@ -128,6 +135,6 @@ struct Step {
     Peers* tensor;  // the ranks that sum their parts of each product into `hidden`; null: this one alone
     Peers* slice;   // the groups that hold pages of these kv heads; null: this one alone
 };
-static_assert(sizeof(Step) == 25 * 8, "decoder.py writes it as 25 numbers");
+static_assert(sizeof(Step) == 29 * 8, "decoder.py writes it as 29 numbers");
 
 }  // namespace quire

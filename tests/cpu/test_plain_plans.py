@@ -331,7 +331,7 @@ def test_hidden_rows_of_another_size_are_refused(folder: Path) -> None:
     ring = shard.ends[0].next
     assert ring is not None
     ring.slot()
-    ring.publish(1, 12)
+    ring.publish(1 * 64, 12)
     with pytest.raises(ValueError, match="hidden rows: got 12 bytes for a step of 3 tokens, must be "):
         shard.runners[1].run_encoded(encode_plan(plan))
     ring.struct.capacity = 100

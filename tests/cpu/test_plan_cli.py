@@ -141,7 +141,17 @@ def test_stages_are_those_of_the_layout(model: str) -> None:
     first, last = Question.of(parser.parse_args(asked)).cost(Ways(2, 2)).stages
     assert (len(first.windows), first.mlp, first.left_mlp, first.carried_mlp) == (13, 2432, 2432 - 1760, 0)
     assert (len(last.windows), last.mlp, last.left_mlp, last.carried_mlp) == (11, 2432, 0, 2432 - 1760)
-    assert first.mlp_rows == 12 * 2432 + 1760
+    assert first.mlp_rows(is_prefill=False) == first.mlp_rows(is_prefill=True) == 12 * 2432 + 1760
+
+
+def test_a_decode_and_a_chunk_of_a_prompt_are_done_on_either_side_of_a_border(model: str) -> None:
+    """Two of shape mid, each one rank: 12 sixteenths of the MLP are the first stage's in a decode, one in a prefill."""
+    parser = Parser()
+    add_plan_flags(parser)
+    asked = [model, "--devices", "2", "--context", "1000", "--batch", "3"]
+    first, last = Question.of(parser.parse_args(asked)).cost(Ways(1, 2)).stages
+    assert [first.mlp_rows(is_prefill) for is_prefill in (False, True)] == [12 * 4864 + 3648, 12 * 4864 + 304]
+    assert [last.mlp_rows(is_prefill) for is_prefill in (False, True)] == [12 * 4864 - 3648, 12 * 4864 - 304]
 
 
 def test_int8_pages_and_float32_change_the_bytes(capsys: Capture, model: str) -> None:

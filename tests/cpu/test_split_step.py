@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from kernels import cpu, int8
-from kernels.decoder import DecoderShape, LayerRows, MlpRows, NativeDecoder, Rows
+from kernels.decoder import Border, DecoderShape, LayerRows, MlpRows, NativeDecoder, Rows
 from kernels.ops import Mask, PageList
 from kernels.peers import BANDS, CallbackPeers, PeersBroken, Ring, SharedPeers
 
@@ -39,7 +40,7 @@ class Sizes:
 @dataclass(frozen=True)
 class Split:
     """tensor ranks in slices of groups, of the layers first .. end: of the last one's MLP the rows up to `cut`, and
-    ahead of them the rows from `carried` on of the layer before."""
+    ahead of them the rows from `carried` on of the layer before. Between such two lies a `border`, piece by piece."""
 
     tensor: int = 1
     groups: int = 1
@@ -47,6 +48,7 @@ class Split:
     end: int | None = None
     cut: int | None = None
     carried: int | None = None
+    border: tuple[int, ...] = ()
 
     @property
     def layers(self) -> slice:
@@ -156,9 +158,10 @@ class Weights:
                 down=Rows.beside((layer["down"][:, rows].contiguous(),), (down_bias,)),
             )
 
+        pieces = [slice(begin, end) for begin, end in pairwise(split.border)]
         if split.carried is not None:
-            rest = split.units(range(split.carried, sizes.intermediate), rank)
-            decoder.set_carried(mlp(self.layers[split.first - 1], rest, None))
+            rest, before = split.units(range(split.carried, sizes.intermediate), rank), self.layers[split.first - 1]
+            decoder.set_carried(mlp(before, rest, None), [mlp(before, piece, None) for piece in pieces])
         for index, (layer, window) in enumerate(zip(layers, windows, strict=True), 1):
             is_cut = split.cut is not None and index == len(layers)
             rows = split.units(range(split.cut or 0), rank) if is_cut else whole
@@ -170,6 +173,7 @@ class Weights:
                     o=Rows.beside((layer["o"][:, own].contiguous(),), (summed(layer["o_bias"]),)),
                     mlp=mlp(layer, rows, summed(layer["down_bias"])),
                     window=window,
+                    border=[mlp(layer, piece, None) for piece in pieces] if is_cut else (),
                 )
             )
         if is_last:
@@ -525,6 +529,51 @@ def test_given_hidden_rows_are_changed_in_place() -> None:
     batch["tokens"].fill_(-1)  # not read
     found = last.decoders[0].forward(**batch, pool=last.pools[0], hidden=rows)
     assert found is rows and not torch.equal(rows, torch.ones_like(rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_pieces_of_a_border_are_done_on_either_side_with_the_same_bits(threads: int, dtype: torch.dtype) -> None:
+    weights, edges = Weights(Sizes(), dtype), (16, 32, 48, 80)
+    for chunks in ([Chunk(0, 0, 3)], [Chunk(0, 0, 70), Chunk(1, 0, 1)]):
+        whole = Shard(weights).step(chunks)
+        found = []
+        for made in range(4):
+            first = Shard(weights, Split(end=1, cut=16, border=edges), threads=threads)
+            last = Shard(weights, Split(first=1, carried=80, border=edges), threads=threads)
+            border = Border(most=made)
+            batches = [each.book.batch(chunks, weights.sizes, each.windows, 0) for each in (first, last)]
+            handed = first.decoders[0].forward(**batches[0], pool=first.pools[0], border=border)
+            assert border.made.value == made
+            more = {"hidden": handed, "border": Border(given=made)}
+            found.append(last.decoders[0].forward(**batches[1], pool=last.pools[0], **more).clone())
+            assert torch.equal(found[-1], found[0])
+        error = 2e-5 if dtype is torch.float32 else 2e-2
+        assert (found[0] - whole).abs().max() <= error * whole.abs().mean()
+        with pytest.raises(ValueError, match="border: got 4 pieces, must be from 0 to 3"):
+            last.decoders[0].forward(**batches[1], pool=last.pools[0], hidden=handed, border=Border(given=4))
+
+
+def test_a_stage_leaves_what_it_can_to_one_that_waits() -> None:
+    weights, chunks = Weights(Sizes(), torch.float32), [Chunk(0, 0, 3)]
+    first = Shard(weights, Split(end=1, cut=16, border=(16, 32, 48, 80)))
+    batch = first.book.batch(chunks, weights.sizes, first.windows, 0)
+    memory = mmap.mmap(-1, Ring.num_bytes(3, 64))
+    to, at = Ring(memory, 0, 3, 64), Ring(memory, 0, 3, 64)
+
+    def made(most: int = 3) -> int:
+        border = Border(most=most, behind=to)
+        first.decoders[0].forward(**batch, pool=first.pools[0], border=border)
+        return border.made.value
+
+    assert made() == 0
+    for number in range(2):
+        to.put(number, b"")
+    assert (made(), made(2), made(9)) == (3, 2, 3)
+    at.take()
+    assert made() == 3  # it has one more to do
+    at.take()
+    assert made() == 0
 
 
 @pytest.mark.parametrize("cut", [0, 16])

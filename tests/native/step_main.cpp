@@ -1,6 +1,7 @@
 // Runs decoder steps of a small random model at every level, for the sanitizers: prefill and decode rows in one batch,
 // windows, odd sizes, pages in any order, teams of several sizes; two ranks that split their sums and their pages; what
-// a ring waits on; what a step's rows are in block tables. Exit 1 where two teams disagree.
+// a ring waits on; stages with pieces of an MLP in common; what a step's rows are in block tables. Exit 1 where two teams
+// disagree.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -81,7 +82,7 @@ bool run(int64_t level, bool bf16, bool deterministic, bool int8) {
     }
     std::vector<double> frequencies(dim / 2);
     for (int64_t i = 0; i < dim / 2; i++) frequencies[i] = std::pow(10000.0, -2.0 * (double)i / (double)dim);
-    const Model model{layer.data(), {}, weights.floats(hidden, 1.f), weights.matrix(vocab, hidden, false, false),
+    const Model model{layer.data(), {}, nullptr, nullptr, 0, 0, weights.floats(hidden, 1.f), weights.matrix(vocab, hidden, false, false),
                       weights.values(vocab * hidden, 1.f), frequencies.data(), layers, hidden, heads, heads, kv_heads, dim,
                       intermediate, vocab, bf16, level, 1e-5, 1.0};
     // rows: a long prefill, a short one, decodes with a past; every past is computed first as a prefill of its own
@@ -123,7 +124,7 @@ bool run(int64_t level, bool bf16, bool deterministic, bool int8) {
             const int64_t count = (int64_t)tokens.size();
             std::vector<float> hidden_rows(count * hidden);
             const Step step{tokens.data(), positions.data(), slots.data(), query_start.data(), first.data(), starts,
-                            page_ids, page_at, windows, entries, pool.get(), hidden_rows.data(), nullptr, nullptr,
+                            page_ids, page_at, windows, entries, pool.get(), hidden_rows.data(), nullptr, nullptr, 0, 0, nullptr, nullptr,
                             blocks * block_bytes, block_bytes, blocks, block, count, (int64_t)lengths.size(), 2,
                             deterministic, int8, nullptr, nullptr};
             char message[200] = "";
@@ -191,8 +192,8 @@ bool run_split(int64_t level, bool bf16, bool int8) {
     Layer layer{weights.floats(hidden, 1.f), nullptr, nullptr,
                 weights.matrix((heads + 2 * kv_heads) * dim, hidden, false, true),
                 weights.matrix(hidden, heads * dim, false, false), weights.mlp(hidden, mlp, false), 0};
-    const Model model{&layer, weights.mlp(hidden, mlp - 5, false), nullptr, {}, weights.values(vocab * hidden, 1.f), frequencies.data(), 1, hidden, heads,
-                      2 * heads, kv_heads, dim, mlp, vocab, bf16, level, 1e-5, 1.0};
+    const Model model{&layer, weights.mlp(hidden, mlp - 5, false), nullptr, nullptr, 0, 0, nullptr, {},
+                      weights.values(vocab * hidden, 1.f), frequencies.data(), 1, hidden, heads, 2 * heads, kv_heads, dim, mlp, vocab, bf16, level, 1e-5, 1.0};
     Pair tensor, slice;
     std::vector<float> rows[2];
     int64_t codes[2] = {};
@@ -214,7 +215,7 @@ bool run_split(int64_t level, bool bf16, bool int8) {
             const int64_t windows[] = {0}, entries[] = {(int64_t)ids.size()};
             std::vector<float> out(length * hidden), partial(length * hidden, 0.5f);
             const Step step{tokens.data(), positions.data(), slots.data(), query_start, first, starts, page_ids,
-                            page_at, windows, entries, pool.get(), out.data(), partial.data(), partial.data(),
+                            page_at, windows, entries, pool.get(), out.data(), partial.data(), partial.data(), 0, 0, nullptr, nullptr,
                             blocks * block_bytes, block_bytes, blocks, block, length, 1, 1, 0, int8, &tensor.ranks[rank], &slice.ranks[rank]};
             char message[200] = "";
             codes[rank] = quire_forward(engine, &model, &step, message, sizeof message);
@@ -231,6 +232,70 @@ bool run_split(int64_t level, bool bf16, bool int8) {
         if (!std::isfinite(x)) return std::fprintf(stderr, "split: not finite\n"), false;
     if (codes[0] || codes[1] || rows[0] != rows[1]) return std::fprintf(stderr, "split: ranks differ\n"), false;
     return true;
+}
+
+// Two stages in threads, each with a team, that have four pieces of an MLP in common. The same step again and again, of
+// which now this and now that stage does more: its bits do not change.
+bool a_border_moves(int64_t level, bool bf16) {
+    const int64_t hidden = 45, heads = 3, dim = 34, mlp = 32, vocab = 83, block = 4, count = 3, turns = 40;
+    const int64_t block_bytes = 2 * heads * head_bytes(block, dim, bf16 ? 2 : 4, false), numbers = count * hidden;
+    Weights weights{{}, bf16};
+    std::vector<double> frequencies(dim / 2, 0.1);
+    std::vector<Mlp> border;
+    for (int64_t piece = 0; piece < 4; piece++) border.push_back(weights.mlp(hidden, 16, false));
+    Layer layers[2];
+    Model models[2];
+    for (int64_t stage = 0; stage < 2; stage++) {
+        layers[stage] = {weights.floats(hidden, 1.f), nullptr, nullptr, weights.matrix(3 * heads * dim, hidden, false, true),
+                         weights.matrix(hidden, heads * dim, false, false), weights.mlp(hidden, mlp, false), 0};
+        models[stage] = {&layers[stage], stage ? weights.mlp(hidden, mlp - 5, false) : Mlp{}, border.data(), border.data(),
+                         stage ? 4 : 0, stage ? 0 : 4, nullptr, {}, weights.values(vocab * hidden, 1.f),
+                         frequencies.data(), 1, hidden, heads, heads, heads, dim, mlp, vocab, bf16, level, 1e-5, 1.0};
+    }
+    alignas(64) char counts[2][sizeof(SharedCount)] = {};
+    const int64_t stride = Ring::kLine + (2 * numbers * 4 + 63) / 64 * 64;
+    std::unique_ptr<char[]> slots(new char[2 * stride]);
+    auto* const published = reinterpret_cast<SharedCount*>(counts[0]);
+    auto* const released = reinterpret_cast<SharedCount*>(counts[1]);
+    int64_t codes[2] = {};
+    std::vector<std::vector<float>> found;
+    const auto stage_body = [&](int64_t stage) {
+        Ring ring{published, released, slots.get(), stride, 2, 2 * numbers * 4, 0, 0, {}};
+        Engine* engine = quire_engine_new(2);
+        std::unique_ptr<char[]> pool(new char[block_bytes]());
+        const int64_t tokens[] = {7, 60, 11}, positions[] = {0, 1, 2}, at_slots[] = {0, 1, 2}, windows[] = {0}, entries[] = {1};
+        const int32_t query_start[] = {0, 3}, zero[] = {0, 1};
+        const int32_t *starts[] = {zero}, *pages[] = {zero};
+        for (int64_t turn = 0; turn < turns && !codes[stage]; turn++) {
+            char* const message = stage ? ring.receive() + Ring::kLine : ring.slot();
+            float* const given = reinterpret_cast<float*>(message);
+            std::vector<float> own(given, given + (stage ? numbers : 0));
+            int64_t tag = 0, made = 0;
+            if (stage) std::memcpy(&tag, message - Ring::kLine, 8);
+            const Step step{stage ? nullptr : tokens, positions, at_slots, query_start, zero, starts, pages, pages, windows,
+                            entries, pool.get(), stage ? own.data() : given, stage ? given + numbers : nullptr,
+                            stage ? nullptr : given + numbers, tag, stage ? 0 : 4, turn % 4 ? &ring : nullptr, &made,
+                            block_bytes, block_bytes, 1, block, count, 1, 1, 0, 0, nullptr, nullptr};
+            char text[200] = "";
+            codes[stage] = quire_forward(engine, &models[stage], &step, text, sizeof text);
+            if (codes[stage]) std::fprintf(stderr, "border: %s\n", text);
+            if (stage == 0) {
+                ring.publish(made, 2 * numbers * 4);
+                continue;
+            }
+            found.push_back(own);
+            if (turn % 3) std::this_thread::sleep_for(std::chrono::microseconds(turn * 20));
+            ring.release();
+        }
+        quire_engine_free(engine);
+    };
+    std::thread other(stage_body, 1);
+    stage_body(0);
+    other.join();
+    for (const auto& rows : found)
+        for (size_t i = 0; i < rows.size(); i++)
+            if (!(rows[i] == found[0][i])) return std::fprintf(stderr, "border: rows differ\n"), false;
+    return !codes[0] && !codes[1] && (int64_t)found.size() == turns;
 }
 
 // Numbers through a circle of three, and the end of whoever waits when it breaks.
@@ -364,6 +429,9 @@ int main() {
         for (int bf16 = 0; bf16 < 2; bf16++)
             for (int int8 = 0; int8 < 2; int8++)
                 if ((quire_levels() >> level & 1) && !run_split(level, bf16, int8)) return 1;
+    for (int64_t level = 0; level < 3; level++)
+        for (int bf16 = 0; bf16 < 2; bf16++)
+            if ((quire_levels() >> level & 1) && !a_border_moves(level, bf16)) return 1;
     for (int64_t level = 0; level < 3; level++)
         for (int bf16 = 0; bf16 < 2; bf16++)
             for (int deterministic = 0; deterministic < 2; deterministic++)

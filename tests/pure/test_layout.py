@@ -92,15 +92,22 @@ def costs(config: ModelConfig) -> tuple[int, int, int]:
     return sum(sizes.values()) - rows, each, config.vocab_size * config.hidden_size * 4 // 5
 
 
-def loads(config: ModelConfig, stages: Sequence[Stage]) -> list[int]:
-    """What each stage counts when layers are dealt out."""
+def loads(config: ModelConfig, stages: Sequence[Stage], head_rows: int | None = None) -> list[int]:
+    """What each stage counts when layers are dealt out; or where so many rows of the head are read, and each border is
+    done where it makes the two stages as equal as it can."""
     rest, row, head = costs(config)
-    found = []
+    found, even = [], 0
     for stage in stages:
-        whole = len(stage.layers) - 1
-        rows = whole * config.intermediate_size + len(stage.last_mlp) + len(stage.carried_mlp)
+        rows = (len(stage.layers) - 1) * config.intermediate_size + len(stage.last_mlp) + len(stage.carried_mlp)
+        if head_rows is None:
+            rows += sum(map(len, (*stage.border_out[: stage.border_even], *stage.border_in[even:])))
+            even = stage.border_even
         found.append(len(stage.layers) * rest + rows * row)
-    found[-1] += head
+    found[-1] += head if head_rows is None else head_rows * config.hidden_size
+    if head_rows is not None:
+        assert len(stages) == 2
+        for piece in stages[0].border_out:
+            found[found[0] > found[1]] += len(piece) * row
     return found
 
 
@@ -132,9 +139,16 @@ class TestParts:
             tied = config.tie_word_embeddings
             carried = {part.layers.start - 1 for part in layout.parts(config) if part.is_carrying}
             twice = {f"model.layers.{layer}.post_attention_layernorm.weight" for layer in carried}
+            borders = {part.layers[-1]: part.border_out for part in layout.parts(config) if part.border_out}
             for name, shape in config.tensor_shapes().items():
                 columns = set(covered(cuts, config, name, 1)) if len(shape) > 1 else None
                 rows = covered(cuts, config, name, 0)
+                border = borders.get(int(name.split(".")[2])) if "layers" in name else None
+                if border and "mlp" in name and not name.endswith("down_proj.bias"):
+                    units = range(border[0].start, border[-1].stop)
+                    on = covered(cuts, config, name, int("down_proj" in name))
+                    assert on == [1 + (unit in units) for unit in range(config.intermediate_size)]
+                    continue
                 linear, kind = name.split(".")[-2:]
                 if linear in ("k_proj", "v_proj"):
                     assert set(rows) == {copies}
@@ -261,7 +275,7 @@ class TestStages:
 
     @pytest.mark.parametrize("seed", range(4))
     def test_they_end_between_layers_or_where_it_makes_the_largest_smaller_inside_mlps(self, seed: int) -> None:
-        cut = 0
+        cut = borders = 0
         for config, layout in possible(40 + seed, 100):
             stages = layout.stages(config)
             runs, largest = whole_layers(config, layout.pipeline)
@@ -275,25 +289,41 @@ class TestStages:
             cut += 1
             assert max(loads(config, stages)) <= 0.99 * largest
             assert stages[0].carried_mlp == range(0) and stages[-1].last_mlp == range(size)
+            assert stages[0].border_in == stages[-1].border_out == ()
             for stage, after in pairwise(stages):
-                end = stage.last_mlp.stop
-                assert stage.last_mlp.start == 0
-                assert after.carried_mlp == (range(end, size) if end < size else range(0))
-                assert end == size or end % (MLP_UNIT * layout.tensor) == 0
+                assert stage.border_out == after.border_in and stage.border_even <= len(stage.border_out)
+                units = [stage.last_mlp, *stage.border_out, after.carried_mlp]
+                assert [at for run in units for at in run] == list(range(size))
+                borders += bool(stage.border_out)
+                assert not stage.border_out or layout.tensor == 1
+                for run in units[:-1]:
+                    assert run and (run.stop == size or run.stop % (MLP_UNIT * layout.tensor) == 0)
             for part in layout.parts(config):
                 stage = stages[part.stage]
                 assert bool(part.last_mlp) and bool(part.carried_mlp) == bool(stage.carried_mlp) == part.is_carrying
                 assert part.is_cut == (len(stage.last_mlp) < size)
                 assert max(len(part.last_mlp), len(part.carried_mlp)) <= len(part.mlp)
-        assert cut > 5
+                assert (part.border_in, part.border_out) == (stage.border_in, stage.border_out)
+        assert cut > 5 and borders > 2
 
     def test_two_of_shape_mid_are_even(self) -> None:
         config = model(**MID)
         first, last = stages = Layout(1, 2).stages(config)
-        assert first == Stage(range(13), range(12 * 304), range(0))  # 12 layers, an attention, 12 / 16 of an MLP
-        assert last == Stage(range(13, 24), range(4864), range(12 * 304, 4864))
+        # 12 layers, an attention, 12 / 16 of an MLP: from 1 to 15 of those are on both stages
+        border = tuple(range(304 * begin, 304 * end) for begin, end in pairwise((1, 9, 10, 11, 12, 13, 14, 15)))
+        assert first == Stage(range(13), range(304), range(0), (), border, 4)
+        assert last == Stage(range(13, 24), range(4864), range(15 * 304, 4864), border)
         found = loads(config, stages)
         assert max(found) < 1.003 * sum(found) / 2
+        for head_rows, off in (
+            (32000, 1.003),
+            (24000, 1.003),
+            (1, 1.015),
+        ):  # two of one rank are about even with any head
+            each = loads(config, stages, head_rows)
+            assert max(each) < off * sum(each) / 2
+        plain = Layout(2, 2).stages(config)
+        assert [len(stage.last_mlp) for stage in plain] == [12 * 304 - 128, 4864] and not plain[0].border_out
         runs, largest = whole_layers(config, 2)
         assert runs == (range(13), range(13, 24)) and round(largest / (sum(found) / 2), 3) == 1.018
 
@@ -303,7 +333,8 @@ class TestStages:
             ends = set()
             for vocab in range(2, 12000, 150):
                 config = model(num_hidden_layers=3, intermediate_size=1600, vocab_size=vocab)
-                ends.add(len(layout.stages(config)[0].last_mlp))
+                stage = layout.stages(config)[0]
+                ends.add((stage.last_mlp, *stage.border_out)[stage.border_even].stop)
             assert 5 < len(ends) <= 16 and all(end == 1600 or end % unit == 0 for end in ends)
 
     def test_a_cut_that_wins_little_is_between_layers(self) -> None:
