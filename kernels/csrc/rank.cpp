@@ -74,7 +74,7 @@ struct Scratch {
     std::vector<int32_t> query_start, first;
     std::vector<std::vector<int32_t>> start, block, position;  // by window
     std::vector<const int32_t*> starts, blocks, places;
-    std::vector<float> hidden, values, totals;
+    std::vector<float> hidden, partial, values, totals;
 };
 
 bool all_in(const Ints& values, int64_t end) {
@@ -182,10 +182,10 @@ int64_t run(const Rank& rank, const Plain& plan, int32_t* tokens, int64_t* num_t
         std::snprintf(message, (size_t)size, text, (long long)got, (long long)step.num_tokens, (long long)needed);
         return int64_t{1};
     };
-    float* given = nullptr;
+    const float* given = nullptr;
     int64_t made = 0;
     if (rank.previous) {
-        char* const head = rank.previous->receive();
+        const char* const head = rank.previous->receive();
         if (!head) return kBroken;
         int64_t tag, got;
         std::memcpy(&tag, head, 8), std::memcpy(&got, head + 8, 8);
@@ -198,7 +198,7 @@ int64_t run(const Rank& rank, const Plain& plan, int32_t* tokens, int64_t* num_t
         if (got != bytes * (1 + is_carried))
             return refuse("hidden rows: got %lld bytes for a step of %lld tokens, must be %lld", got,
                           bytes * (1 + is_carried));
-        given = reinterpret_cast<float*>(head + Ring::kLine);
+        given = reinterpret_cast<const float*>(head + Ring::kLine);
         // the lines are in another core's cache, from where one after the other takes 0.4 us each
         for (int64_t at = 0; at < got; at += 64) __builtin_prefetch(head + Ring::kLine + at, 0, 2);
     }
@@ -214,7 +214,8 @@ int64_t run(const Rank& rank, const Plain& plan, int32_t* tokens, int64_t* num_t
         step.hidden = scratch.hidden.data();
     }
     if (given) std::copy_n(given, numbers, step.hidden);
-    step.partial_in = is_carried ? given + numbers : nullptr;
+    if (is_carried) scratch.partial.assign(given + numbers, given + 2 * numbers);  // on lines of this core's own
+    step.partial_in = is_carried ? scratch.partial.data() : nullptr;
     step.partial_out = rank.is_cut ? step.hidden + numbers : nullptr;
     step.border_most = rank.model->num_border_out;
     step.behind = rank.next;
