@@ -79,7 +79,7 @@ def _measure(backend: Native, cores: int, say: Callable[[str], None]) -> Hardwar
     calls += [layers.forward, *(each.attend for each in attentions)]
     alone, seconds = _beside_reading(calls)
     read = max(alone, together / cores)
-    products = tuple((rows, wide.flop(rows) / each) for rows, each in zip(_ROWS, seconds, strict=False))
+    products = tuple((rows, wide.flop(rows) / each) for rows, each in zip(_ROWS, seconds[: len(_ROWS)], strict=True))
     of_layers, of_slow_read, of_decode, of_prefill = seconds[len(_ROWS) :]
     say("barriers and exchanges")
     barrier = _barrier(backend, cores)
