@@ -359,7 +359,8 @@ class NativeDecoder:
         (self.model.head,) = self._pack((head,))
 
     def first_weights(self, most: int) -> tuple[int, int]:
-        """Where the weights lie that a step reads first, and for how many bytes, `most` at most, thread 0 goes on."""
+        """Where the weights lie that every step reads first, behind pieces of a border that are left to it, and for how
+        many bytes, `most` at most, thread 0 goes on."""
         layer, carried = self._layers[0], self.model.carried
         matrices = [carried.gate_up, carried.down] if carried.norm else [layer.qkv, layer.o, layer.mlp.gate_up]
         sizes = [-(-each.columns // PANEL) * PANEL * each.depth * 4 for each in matrices]  # one behind the other
@@ -402,8 +403,8 @@ class NativeDecoder:
             hidden]: the stream before the MLP, and what the units so far add to it.
 
         Raises:
-            ValueError: an id that may not be, or more tokens than a group's regions hold; MemoryError. Nothing was
-                written or exchanged then.
+            ValueError: an id that may not be, more tokens than a group's regions hold, or more pieces given than there
+                are; MemoryError. Nothing was written or exchanged then.
             PeersBroken: an exchange failed; this step's K and V may be there or not.
         """
         shape, num_tokens = self.shape, len(tokens)
@@ -424,8 +425,6 @@ class NativeDecoder:
             if is_cut:
                 out = torch.stack((out, out))  # room for what the last MLP adds
         border = border or Border()
-        if not 0 <= border.given <= self.model.num_border_in:
-            raise ValueError(f"border: got {border.given} pieces, must be from 0 to {self.model.num_border_in}")
         if (1 if slice is None else slice.size) != shape.num_groups:
             got = "none" if slice is None else f"{slice.size} ranks"
             raise ValueError(f"slice: got {got}, must be the {shape.num_groups} groups of the shape")

@@ -47,7 +47,7 @@ SOURCES = {
 
 
 def measure(cores: int | None = None, say: Callable[[str], None] = lambda text: None) -> Hardware:
-    """The constants of one core, where `cores` of them make a host. Takes ten seconds of an idle machine.
+    """The constants of one core, where `cores` of them make a host. Takes fifteen seconds of an idle machine.
 
     Args:
         cores: default: those that this process may use.

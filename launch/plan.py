@@ -51,7 +51,7 @@ def add_plan_flags(parser: Parser) -> None:
     parser.add_argument("--goal", metavar="|".join(GOALS), help=f"what comes first in the table; default: {GOALS[0]}")
     parser.add_argument("--top", metavar="K", help="layouts to show; default: 5")
     parser.add_argument("--json", action="store_true", help="one JSON object, with what takes the time")
-    parser.add_argument("--measure", action="store_true", help="measure this machine's cores; takes ten seconds")
+    parser.add_argument("--measure", action="store_true", help="measure this machine's cores; takes fifteen seconds")
     parser.add_argument("--output", metavar="FILE", help="of --measure; default: standard output")
     fixed = parser.add_argument_group("layout", "Only layouts with these sizes; what is not given is searched.")
     for name in _SIZES:

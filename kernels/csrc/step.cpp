@@ -566,6 +566,11 @@ int64_t Engine::forward(const Model& model, const Step& step, char* message, int
     if (!fits("tensor", step.tensor, step.num_tokens, tensor_bytes(model, step.num_tokens), message, size) ||
         !fits("slice", step.slice, step.num_tokens, slice_bytes, message, size))
         return 1;
+    if (step.border_given < 0 || step.border_given > model.num_border_in) {
+        std::snprintf(message, (size_t)size, "border: got %lld pieces, must be from 0 to %lld",
+                      (long long)step.border_given, (long long)model.num_border_in);
+        return 1;
+    }
     for (int64_t t = 0; t < step.num_tokens; t++) {
         if (step.tokens && (step.tokens[t] < 0 || step.tokens[t] >= model.vocab)) {
             std::snprintf(message, (size_t)size, "tokens[%lld]: got %lld, must be from 0 to %lld", (long long)t,
