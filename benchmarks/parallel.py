@@ -2,12 +2,12 @@
 
     python -m benchmarks.parallel --model DIR [--cases decode:8,prefill,...] [--await-memory 60]
 
-Every engine of a case is up at once and they take turns; a ratio is the median over rounds of turns that followed one
-another. Steal and foreign load slow both sides of a pair, so trust ratios.
+Every engine of a case is up at once and they take turns, there and back in each round: a drift meets all alike. A ratio
+is the median over rounds. Steal and foreign load slow both sides of a pair, so trust ratios, and many rounds more.
 
 Two cores of a virtual machine may share a path to memory or not, and its host changes that within seconds: two readers
-get 1.2 or 2.0 times the rate of one. So each turn of several cores is set between two looks at that, and ratios are
-also given for the turns in which memory kept up with both. A host spreads cores that are busy, and puts one that wakes
+get 1.2 or 2.0 times the rate of one. So each turn is set between two looks at that, and a ratio is also given for the
+rounds in which memory kept up in every turn of the two. A host spreads cores that are busy, and puts one that wakes
 beside another: `--await-memory` keeps both from ever halting, as a kernel booted with idle=poll would, and begins a
 turn when memory keeps up. Work that does little but read is set beside two ranks apart, too, which find memory in the
 same state. Goals beside those are no issue's: 0.85 of them is what 1.7 times one rank would be if memory kept up.
@@ -27,6 +27,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -241,21 +242,25 @@ def run(name: str, case: Case, model: str, rounds: int, dtype: str, as_json: boo
     base["preallocate_kv_cache"] = True  # or a step here and there waits for pages that are new to the machine
     engines = {each: LLM(model, **base, **settings) for each, settings in case.engines.items()}
     pair = [LLM(model, **base, **ONE) for _ in range(2 if case.apart else 0)]
-    rates: dict[str, list[float]] = {each: [] for each in [*engines, *(["alone", "apart"] if pair else [])]}
-    readers, keeps = Readers(), dict[str, list[bool]]()
+    turns = {each: partial(case.measure, llm) for each, llm in engines.items()}
+    if case.apart is not None:
+        apart = case.apart
+        turns |= {"alone": lambda: 2 * apart(pair[0]), "apart": lambda: _at_once(apart, pair)}
+    rates: dict[str, list[float]] = {each: [] for each in turns}  # by round
+    keeps: dict[str, list[bool]] = {each: [] for each in turns}
+    readers = Readers()
     try:
-        for llm in engines.values():
-            case.measure(llm)  # buffers, pages of the pool, a warm team
-        if case.apart is not None:
-            _at_once(case.apart, pair)
+        for turn in turns.values():
+            turn()  # buffers, pages of the pool, a warm team
         for _ in range(rounds):
-            for each, llm in engines.items():
+            seconds, kept = dict.fromkeys(turns, 0.0), dict.fromkeys(turns, True)
+            for each in [*turns, *reversed(turns)]:
                 before = readers.look(patience)
-                rates[each].append(case.measure(llm))
-                keeps.setdefault(each, []).append(min(before, readers.look()) >= KEEPS_UP)
-            if case.apart is not None:
-                rates["alone"].append(2 * case.apart(pair[0]))
-                rates["apart"].append(_at_once(case.apart, pair))
+                seconds[each] += 1 / turns[each]()
+                kept[each] &= min(before, readers.look()) >= KEEPS_UP
+            for each in turns:
+                rates[each].append(2 / seconds[each])
+                keeps[each].append(kept[each])
     finally:
         for llm in [*engines.values(), *pair]:
             llm.close()
@@ -264,9 +269,9 @@ def run(name: str, case: Case, model: str, rounds: int, dtype: str, as_json: boo
         pairs = [a / b for a, b in zip(rates[top], rates[bottom], strict=True)]
         low, high = min(pairs), max(pairs)
         found[f"{top} / {bottom}"] = [round(each, 3) for each in (statistics.median(pairs), low, high)] + [goal]
-        kept = [each for each, keeps_up in zip(pairs, keeps.get(top, ()), strict=False) if keeps_up]
-        if kept:
-            found[f"{top} / {bottom}, memory keeps up"] = [round(statistics.median(kept), 3), len(kept)]
+        quick = [each for each, *both in zip(pairs, keeps[top], keeps[bottom], strict=True) if all(both)]
+        if quick:
+            found[f"{top} / {bottom}, memory keeps up"] = [round(statistics.median(quick), 3), len(quick)]
     if as_json:
         print(json.dumps(found), flush=True)
         return
