@@ -33,7 +33,7 @@ from worker.channel import Channel
 from worker.codec import decode_plan, encode_plan
 from worker.gloo import Store, World
 from worker.plan import Admit, Plan
-from worker.ranks import DIGEST_BYTES, Chain
+from worker.ranks import DIGEST_BYTES, NO_PLANS, digest_with
 from worker.segment import MESSAGE_BYTES
 
 GOAL_MS = 0.15
@@ -106,15 +106,15 @@ def follow(rank: int, ranks: int, rounds: int, path: str, leader: tuple[str, int
     stars = Star({0: channel}, {0: ring(f"{path}-plans", rank)}), Star({0: channel}, {})
     ways: tuple[Broadcast, ...] = (*stars, join(World(), rank, ranks, store))
     channel.send(Kind.FORMED, b"")
-    chain = Chain()
+    digest = NO_PLANS
     for number in range(rounds):
         payload = ways[number // BLOCK % len(ways)].receive()
-        if payload[:DIGEST_BYTES] != chain.value:
+        if payload[:DIGEST_BYTES] != digest:
             raise SystemExit("a plan is missing")
         data = payload[DIGEST_BYTES:]
         decode_plan(data)
         _TIME.pack_into(times, (number * ranks + rank - 1) * _TIME.size, time.monotonic_ns())
-        chain.add(data)
+        digest = digest_with(data, digest)
 
 
 def measure(ranks: int, plan: Plan, rounds: int) -> tuple[list[list[float]], int]:
@@ -147,14 +147,14 @@ def measure(ranks: int, plan: Plan, rounds: int) -> tuple[list[list[float]], int
         for channel in channels.values():
             channel.receive()
         found: list[list[float]] = [[] for _ in ways]
-        chain = Chain()
+        digest = NO_PLANS
         for number in range(rounds):
             time.sleep(PAUSE)
             began = time.monotonic_ns()
             data = encode_plan(plan)
             way = number // BLOCK % len(ways)
-            ways[way].send(chain.value + data)
-            chain.add(data)
+            ways[way].send(digest + data)
+            digest = digest_with(data, digest)
             found[way].append((_last(times, number, ranks, processes) - began) / 1e6)
         for process in processes:
             process.join(30)

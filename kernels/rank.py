@@ -1,4 +1,4 @@
-"""A rank's part of plain plans in one native call each (csrc/rank.cpp), from a plan's bytes to its tokens.
+"""A rank's part of plain plans natively (csrc/rank.cpp), from a plan's bytes to its tokens: one, or as they come.
 
 A decode is hardly anything else than plain plans, and what Python does with one takes longer than it seems: a step
 leaves its caches cold. What is not plain, or not right, is the caller's, who can do all plans.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
+from typing import NoReturn
 
 import torch
 
@@ -17,8 +18,12 @@ from kernels.peers import Peers, PeersBroken, Ring
 from kernels.tables import NativeTables
 
 _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
-_BROKEN, _NOT_PLAIN, _ANSWERED = 3, 4, 5  # kBroken in csrc/peers.h, the others in csrc/rank.cpp
-_SIGNATURES = {"quire_rank_run": (_INT, _ADDRESS, ctypes.c_char_p, _INT, _ADDRESS, _ADDRESS, ctypes.c_char_p, _INT)}
+_BROKEN, _NOT_PLAIN, _ANSWERED, _PAUSE = 3, 4, 5, 6  # kBroken in csrc/peers.h, the others in csrc/rank.cpp
+DIGEST_BYTES = 8  # kDigestBytes in csrc/chain.h
+_SIGNATURES = {
+    "quire_rank_run": (_INT, _ADDRESS, ctypes.c_char_p, _INT, _ADDRESS, _ADDRESS, ctypes.c_char_p, _INT),
+    "quire_rank_follow": (_INT, *(_ADDRESS,) * 3, ctypes.c_char_p, _INT),
+}
 
 
 class _Rank(ctypes.Structure):
@@ -33,6 +38,41 @@ class _Rank(ctypes.Structure):
         ("is_plain", _ADDRESS),
         ("num_slots", _INT),
     ]
+
+
+class Progress(ctypes.Structure):
+    """How far a rank that is not the leader has come with an epoch's plans; `quire::Progress` in csrc/exports.h.
+
+    Attributes:
+        number: of the plan at hand, or else the last one.
+        began: its step, in nanoseconds of the monotonic clock; 0 where none is under way. From any thread.
+        steps: done. From any thread.
+        tells: whether results are the caller's to send where native code does not.
+    """
+
+    number: int
+    began: int
+    steps: int
+    tells: int
+    _fields_ = [
+        ("_chain", ctypes.c_uint64),
+        *((name, _INT) for name in ("number", "began", "steps", "tells")),
+        ("_tokens", _ADDRESS),
+        ("_num_tokens", _INT),
+    ]
+
+    @property
+    def digest(self) -> bytes:
+        """Of all plans so far."""
+        return int(self._chain).to_bytes(DIGEST_BYTES, "little")
+
+    @digest.setter
+    def digest(self, value: bytes) -> None:
+        self._chain = int.from_bytes(value, "little")
+
+    def tokens(self) -> array[int]:
+        """Of the last plan that was carried out natively."""
+        return array("i", ctypes.string_at(self._tokens, 4 * self._num_tokens))
 
 
 class NativeRank:
@@ -107,13 +147,35 @@ class NativeRank:
         message = self._message
         code = self._library.quire_rank_run(self._at, plan, len(plan), *self._where, message, cpu.MESSAGE_BYTES)
         self.has_answered = code == _ANSWERED
-        if not code or self.has_answered:
-            return self._tokens[: self._num_tokens.value]
         if code == _NOT_PLAIN:
             return None
+        if code and not self.has_answered:
+            self._fail(code)
+        return self._tokens[: self._num_tokens.value]
+
+    def follow(self, plans: Ring, progress: Progress) -> array[int] | None:
+        """Carry out plans as they come, each behind the digest of all before it.
+
+        Returns:
+            As `run`, behind a plan whose result the caller has to send. None where the next message in the ring is no
+            plain plan, or not right: nothing but its table changes is done then, and the caller has to receive it.
+
+        Raises: as `run`; `progress` says at which plan.
+        """
+        arguments = self._at, ctypes.addressof(plans.struct), ctypes.addressof(progress), self._message
+        while (code := self._library.quire_rank_follow(*arguments, cpu.MESSAGE_BYTES)) == _PAUSE:
+            pass  # signals are heard here
+        self.has_answered = False
+        if code == _NOT_PLAIN:
+            return None
+        if code:
+            self._fail(code)
+        return progress.tokens()
+
+    def _fail(self, code: int) -> NoReturn:
         if code == _BROKEN:
-            if message.value:
-                raise PeersBroken(message.value.decode())
+            if self._message.value:
+                raise PeersBroken(self._message.value.decode())
             raise next((each.broken() for each in self._peers if each.is_broken), Ring.broken())
-        cpu.raise_for(code, message)
+        cpu.raise_for(code, self._message)
         raise AssertionError("unreachable: any other code is an error")

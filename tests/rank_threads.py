@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from kernels.peers import Ring
+from kernels.rank import Progress
 from pagetable.ids import PlanNumber
 from worker.codec import decode_plan
 from worker.group import Group
@@ -72,6 +74,13 @@ class Recorder:
         self.group = group
         self.resets.append(None if group is None else group.epoch)
 
+    @property
+    def answers(self) -> bool:
+        return self.part.is_last and self.part.tensor_rank == 0
+
+    def follow(self, plans: Ring, progress: Progress) -> None:
+        """It takes each plan by itself."""
+
     def run_encoded(self, data: bytes) -> StepResult | None:
         return self.run(decode_plan(data))
 
@@ -93,7 +102,7 @@ class Recorder:
         if group.next is not None:
             group.next.slot()[:8].view(torch.int64)[0] = total
             group.next.publish(plan.number, 8)
-        if self.part.is_last and self.part.tensor_rank == 0:
+        if self.answers:
             return StepResult(plan.number, array("i", (total,)))
         return None
 

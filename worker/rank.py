@@ -18,6 +18,7 @@ from collections.abc import Callable
 from google.protobuf.message import DecodeError
 
 from kernels.peers import PeersBroken, Ring
+from kernels.rank import DIGEST_BYTES, Progress
 from pagetable.frames import BadFrame, Kind
 from quire_pb.worker.v1 import worker_pb2 as pb
 from worker.channel import Channel
@@ -27,7 +28,7 @@ from worker.group import Group
 from worker.layout import Part
 from worker.page_reads import answer_read
 from worker.plan import StepResult
-from worker.ranks import DIGEST_BYTES, Chain
+from worker.ranks import NO_PLANS, digest_with
 from worker.runner import Runner
 from worker.segment import BY_SOCKET, Segment, Sizes, host_key
 from worker.segment import Plan as SegmentPlan
@@ -79,8 +80,7 @@ class Rank:
         self._is_over = True  # that epoch
         self._group: Group | None = None
         self._plans: Channel | None = None
-        self._began = 0.0  # the step at hand
-        self._steps = 0
+        self._progress = Progress()
         self._doing = ""
         self._stopped = threading.Event()
 
@@ -98,7 +98,7 @@ class Rank:
                 why = str(error)
             except Exception as error:
                 _log.exception("rank %d, epoch %d", self._part.rank, form.epoch)
-                why = _failure(self._doing, error)
+                why = _failure(self._doing or f"plan {self._progress.number}", error)
             self._leave(form, why)
             if not self._stopped.is_set():
                 self._be_ready()
@@ -143,19 +143,24 @@ class Rank:
         group.form()
         self._runner.reset(group)
         self._say(Kind.FORMED, pb.Formed(epoch=form.epoch, rank=self._part.rank))
-        broadcast, chain = group.make_broadcast({0: plans}), Chain()
+        broadcast, ring, progress = group.make_broadcast({0: plans}), group.plans.get(0), self._progress
+        progress.digest, progress.tells = NO_PLANS, self._runner.answers
         while True:
+            self._doing = ""
+            if ring is not None and (result := self._runner.follow(ring, progress)) is not None:
+                self._answer(group.results, plans, result)
+                continue
             payload = broadcast.receive()
-            if payload[:DIGEST_BYTES] != chain.value:
+            if payload[:DIGEST_BYTES] != progress.digest:
                 raise BadFrame("the plans before this one are not those that the leader sent")
             data = payload[DIGEST_BYTES:]
             self._doing = f"plan {plan_number(data)}"
-            self._began = time.monotonic()
+            progress.began = time.monotonic_ns()
             result = self._runner.run_encoded(data)
-            self._began, self._steps = 0.0, self._steps + 1
+            progress.began, progress.steps = 0, progress.steps + 1
             if result is not None:
                 self._answer(group.results, plans, result)
-            chain.add(data)  # not before: the others wait for this rank's step
+            progress.digest = digest_with(data, progress.digest)  # not before: the others wait for this rank's step
 
     def _answer(self, ring: Ring | None, plans: Channel, result: StepResult) -> None:
         data = encode_result(result)
@@ -171,7 +176,7 @@ class Rank:
 
     def _leave(self, form: pb.Form, why: str) -> None:
         """Give back what the epoch had. Why goes first: what comes next shows the others an epoch that is broken."""
-        self._began = 0.0
+        self._progress.began = 0
         self._say(Kind.BROKEN, pb.Broken(epoch=form.epoch, rank=self._part.rank, why=why))
         with self._lock:
             group, plans, self._group, self._plans = self._group, self._plans, None, None
@@ -219,10 +224,9 @@ class Rank:
     def _hear(self, kind: Kind, payload: bytes) -> None:
         if kind is Kind.PING:
             ping = pb.Ping.FromString(payload)
-            age = time.monotonic() - self._began if self._began else 0.0
-            self._say(
-                Kind.PONG, pb.Pong(number=ping.number, epoch=self._epoch, steps=self._steps, step_age_seconds=age)
-            )
+            began, steps = self._progress.began, self._progress.steps
+            age = (time.monotonic_ns() - began) / 1e9 if began else 0.0
+            self._say(Kind.PONG, pb.Pong(number=ping.number, epoch=self._epoch, steps=steps, step_age_seconds=age))
         elif kind is Kind.FORM:
             form = pb.Form.FromString(payload)
             with self._lock:

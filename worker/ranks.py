@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kernels.peers import PeersBroken
+from kernels.rank import DIGEST_BYTES
 from pagetable.frames import BadFrame, Kind
 from quire_pb.worker.v1 import worker_pb2 as pb
 from worker.broadcast import Broadcast
@@ -42,17 +43,12 @@ from worker.ways import Ways
 _log = logging.getLogger(__name__)
 
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.05, 2.0  # between tries to form
-DIGEST_BYTES = 8
+NO_PLANS = bytes(DIGEST_BYTES)  # the digest of none
 
 
-class Chain:
-    """The digest of all plans of an epoch so far."""
-
-    def __init__(self) -> None:
-        self.value = bytes(DIGEST_BYTES)
-
-    def add(self, plan: bytes) -> None:
-        self.value = hashlib.blake2b(plan, digest_size=DIGEST_BYTES, key=self.value).digest()
+def digest_with(plan: bytes, before: bytes) -> bytes:
+    """The digest of all plans of an epoch up to one, from that of all before it. Native, too (kernels/csrc/chain.h)."""
+    return hashlib.blake2b(plan, digest_size=DIGEST_BYTES, key=before).digest()
 
 
 class Ranks:
@@ -97,7 +93,7 @@ class Ranks:
         self._members = Members(self.layout.num_ranks, identity, secret, self._cut_off, self._beat)
         self._group: Group | None = None
         self._broadcast: Broadcast | None = None
-        self._chain = Chain()
+        self._digest = NO_PLANS
         self._num_out = 0  # plans without a result
         self._num_moves = 0  # plans sent and results received
         self._num_moves_seen, self._still_seconds = 0, 0.0  # at the last beat, and up to it without another one
@@ -172,7 +168,7 @@ class Ranks:
                 segment.close()
             del store
         self.check()
-        self._chain = Chain()
+        self._digest = NO_PLANS
         self._num_out = 0
         self._broadcast = group.make_broadcast({each.rank: self._members.plans(each.rank) for each in ready})
         self._own_runner.reset(group)
@@ -235,7 +231,7 @@ class Ranks:
         self._num_moves += 1
         self._num_out += 1
         try:
-            self._broadcast.send(self._chain.value + data)
+            self._broadcast.send(self._digest + data)
         except PeersBroken as error:
             self._members.give_up(str(error))
         self.check()  # not within the handler: an EpochOver that somebody keeps would keep the ring's memory, too
@@ -244,7 +240,7 @@ class Ranks:
             self._own.put(plan)
         else:
             self._do_own_part(plan, self._found, data)
-        self._chain.add(data)  # not before: the others have the plan already
+        self._digest = digest_with(data, self._digest)  # not before: the others have the plan already
 
     def receive(self) -> StepResult:
         """See `Pipe.receive`."""

@@ -14,7 +14,7 @@ import torch
 
 from kernels.decoder import Border, Head
 from kernels.peers import PeersBroken, Ring
-from kernels.rank import NativeRank
+from kernels.rank import NativeRank, Progress
 from pagetable.ids import PlanNumber
 from worker.codec import decode_plan, encode_plan, plan_number
 from worker.gpu_model import GpuModel
@@ -139,9 +139,29 @@ class Runner:
         try:
             return self.plain.run(data)
         except PeersBroken:
-            if self.group is not None:  # it may be this rank that found the stage before at another plan
-                self.group.abort()
+            self._abort()
             raise
+
+    def follow(self, plans: Ring, progress: Progress) -> StepResult | None:
+        """Do plain plans as they come through a ring, each behind the digest of all before it.
+
+        Returns:
+            A result that the caller has to send. None where the next message in the ring is the caller's to receive,
+            whatever it is.
+        """
+        if self.plain is None:
+            return None
+        try:
+            tokens = self.plain.follow(plans, progress)
+        except PeersBroken:
+            self._abort()
+            raise
+        return None if tokens is None else self._answer(PlanNumber(progress.number), tokens)
+
+    def _abort(self) -> None:
+        """It may be this rank that found the stage before at another plan."""
+        if self.group is not None:
+            self.group.abort()
 
     def _make_plain(self, group: Group | None) -> NativeRank | None:
         if self._native is None or self.tables.native is None or self._fills_tokens:

@@ -1,6 +1,8 @@
 // The C interface that cpu.py loads. Calls return 0, 1 (a mistake in the arguments, told in `message`), 2 (no memory) or
 // 3 (the group of ranks is broken).
 #pragma once
+#include <atomic>
+
 #include "call.h"
 
 #define QUIRE_EXPORT extern "C" __attribute__((visibility("default")))
@@ -54,6 +56,17 @@ struct Rank {
     int64_t first_row;        // of the head, in the vocabulary
     const char* is_plain;     // by slot: the likeliest token is taken, whatever came before
     int64_t num_slots;
+};
+
+// How far a rank has come with the plans of an epoch that are sent to it; mirrored by rank.py. Other threads read it.
+struct Progress {
+    uint64_t chain;         // the digest of all plans so far
+    int64_t number;         // of the plan at hand, or else the last one
+    std::atomic<int64_t> began;  // its step: nanoseconds of the monotonic clock; 0: none is under way
+    std::atomic<int64_t> steps;  // done
+    int64_t tells;          // results that are not sent natively are the caller's to send
+    const int32_t* tokens;  // of the last plan, until the next one
+    int64_t num_tokens;
 };
 
 }  // namespace quire
@@ -151,3 +164,12 @@ QUIRE_EXPORT void quire_tables_pages(const quire::Tables* tables, const quire::R
 // right: it admits, copies or scores something, leaves tokens open, does not take the likeliest tokens, or does not fit.
 QUIRE_EXPORT int64_t quire_rank_run(const quire::Rank* rank, const char* plan, int64_t bytes, int32_t* tokens,
                                     int64_t* num_tokens, char* message, int64_t size);
+
+// `quire_rank_run` of one plan behind the other as they come through a ring, each behind the digest of all before it.
+// Returns 0 behind one whose tokens the caller has to tell; 4 where the next message is no plain plan, or not right,
+// which is the caller's to receive, then; 6 every 20 ms, so that the caller hears of signals; or what went wrong.
+QUIRE_EXPORT int64_t quire_rank_follow(const quire::Rank* rank, quire::Ring* plans, quire::Progress* progress,
+                                       char* message, int64_t size);
+
+// The digest of all plans up to one, from that of all before it: what worker/ranks.py says. For tests.
+QUIRE_EXPORT uint64_t quire_digest(uint64_t before, const char* plan, int64_t bytes);

@@ -4,12 +4,14 @@
 // arrays, the columns, the admits. Whatever is not plain, or not right, is left to the caller, who can do all plans and
 // say what is wrong with them.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <new>
 #include <vector>
 
+#include "chain.h"
 #include "exports.h"
 #include "peers.h"
 #include "step.h"
@@ -17,7 +19,8 @@
 namespace quire {
 namespace {
 
-constexpr int64_t kNotPlain = 4, kAnswered = 5;
+constexpr int64_t kNotPlain = 4, kAnswered = 5, kPause = 6;
+constexpr int64_t kPauseNanoseconds = 20'000'000;
 
 // In the order of the bytes; from kCopyFrom to kCopyTo, and from kScoreRow on, a plain plan has none.
 enum : int64_t {
@@ -70,6 +73,8 @@ bool read(const char* data, int64_t bytes, int64_t column, Plain& plan) {
 
 // Working memory of the calls of one thread.
 struct Scratch {
+    std::vector<char> plan;
+    std::vector<int32_t> tokens;
     std::vector<int64_t> ids, positions, slots, rows, num_entries;
     std::vector<int32_t> query_start, first;
     std::vector<std::vector<int32_t>> start, block, position;  // by window
@@ -172,10 +177,14 @@ bool answer(Ring& ring, int64_t number, const int32_t* tokens, int64_t count) {
     return true;
 }
 
-int64_t run(const Rank& rank, const Plain& plan, int32_t* tokens, int64_t* num_tokens, char* message, int64_t size) {
-    thread_local Scratch scratch;
-    Step step{};
-    if (!is_plain(rank, plan) || !prepare(rank, plan, scratch, step)) return kNotPlain;
+// The plan in these bytes with its step's arrays; false where it is not plain, or not right.
+bool begin(const Rank& rank, const char* data, int64_t bytes, Scratch& scratch, Plain& plan, Step& step) {
+    return read(data, bytes, rank.column, plan) && is_plain(rank, plan) && prepare(rank, plan, scratch, step);
+}
+
+// Does what `begin` found, waiting for whatever it needs; kAnswered where the result has been sent, too.
+int64_t carry_out(const Rank& rank, const Plain& plan, Step& step, Scratch& scratch, int32_t* tokens,
+                  int64_t* num_tokens, char* message, int64_t size) {
     const int64_t numbers = step.num_tokens * rank.model->hidden, bytes = numbers * 4;
     const bool is_carried = rank.model->carried.norm;
     const auto refuse = [&](const char* text, int64_t got, int64_t needed) {
@@ -237,15 +246,65 @@ int64_t run(const Rank& rank, const Plain& plan, int32_t* tokens, int64_t* num_t
     return 0;
 }
 
+int64_t now() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
+
+int64_t follow(const Rank& rank, Ring& plans, Progress& progress, char* message, int64_t size) {
+    thread_local Scratch scratch;
+    for (const int64_t until = now() + kPauseNanoseconds;;) {
+        const char* const head = plans.receive();
+        if (!head) return kBroken;
+        int64_t tag, bytes;
+        std::memcpy(&tag, head, 8), std::memcpy(&bytes, head + 8, 8);
+        uint64_t before;
+        if (tag || bytes < kDigestBytes) return kNotPlain;
+        std::memcpy(&before, head + Ring::kLine, 8);
+        if (before != progress.chain) return kNotPlain;
+        const char* const data = head + Ring::kLine + kDigestBytes;
+        scratch.plan.assign(data, data + bytes - kDigestBytes);
+        scratch.tokens.resize(scratch.plan.size() / 4);  // more than entries can be
+        Plain plan;
+        Step step{};
+        if (!begin(rank, scratch.plan.data(), (int64_t)scratch.plan.size(), scratch, plan, step)) return kNotPlain;
+        plans.release();
+        progress.number = plan.number, progress.tokens = scratch.tokens.data();
+        progress.began = now();
+        const int64_t code =
+            carry_out(rank, plan, step, scratch, scratch.tokens.data(), &progress.num_tokens, message, size);
+        if (code && code != kAnswered) return code;
+        // not before: the others wait for this rank's step
+        progress.chain = Blake2b::keyed(progress.chain, scratch.plan.data(), (int64_t)scratch.plan.size());
+        progress.began = 0, progress.steps++;
+        if (!code && progress.tells) return 0;
+        if (now() > until) return kPause;
+    }
+}
+
 }  // namespace
 }  // namespace quire
 
-int64_t quire_rank_run(const quire::Rank* rank, const char* plan, int64_t bytes, int32_t* tokens, int64_t* num_tokens,
+int64_t quire_rank_run(const quire::Rank* rank, const char* data, int64_t bytes, int32_t* tokens, int64_t* num_tokens,
                        char* message, int64_t size) try {
-    quire::Plain plain;
+    thread_local quire::Scratch scratch;
+    quire::Plain plan;
+    quire::Step step{};
     message[0] = 0;
-    if (!quire::read(plan, bytes, rank->column, plain)) return quire::kNotPlain;
-    return quire::run(*rank, plain, tokens, num_tokens, message, size);
+    if (!quire::begin(*rank, data, bytes, scratch, plan, step)) return quire::kNotPlain;
+    return quire::carry_out(*rank, plan, step, scratch, tokens, num_tokens, message, size);
 } catch (const std::bad_alloc&) {
     return 2;
+}
+
+int64_t quire_rank_follow(const quire::Rank* rank, quire::Ring* plans, quire::Progress* progress, char* message,
+                          int64_t size) try {
+    message[0] = 0;
+    return quire::follow(*rank, *plans, *progress, message, size);
+} catch (const std::bad_alloc&) {
+    return 2;
+}
+
+uint64_t quire_digest(uint64_t before, const char* plan, int64_t bytes) {
+    return quire::Blake2b::keyed(before, plan, bytes);
 }

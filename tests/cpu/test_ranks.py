@@ -29,7 +29,7 @@ from worker.members import Members
 from worker.model_config import ModelConfig
 from worker.plan import Plan, StepResult
 from worker.rank import Rank
-from worker.ranks import Ranks
+from worker.ranks import Ranks, digest_with
 from worker.segment import MESSAGE_BYTES, Segment, open_segment
 from worker.segment import Plan as SegmentPlan
 from worker.ways import Ways
@@ -179,7 +179,7 @@ def test_ranks_that_got_other_plans_find_out_before_they_compute(small: ModelCon
     with threads(small, Layout(2)) as it:
         it.ranks.begin(1)
         it.step(0)
-        it.ranks._chain.add(b"a plan that nobody else got")
+        it.ranks._digest = digest_with(b"a plan that nobody else got", it.ranks._digest)
         with pytest.raises(EpochOver, match="rank 1: the plans before this one are not those that the leader sent"):
             it.step(1)
         assert it.runners[1].seen == [0]
@@ -244,7 +244,7 @@ def test_a_rank_that_waits_leaves_at_once_when_the_epoch_ends(
     with threads(small, layout, {1: enter}) as it:
         it.ranks.begin(1)
         if sent:
-            it.ranks._broadcast.send(it.ranks._chain.value + _encoded(Plan(PlanNumber(0))))  # type: ignore[union-attr]
+            it.ranks._broadcast.send(it.ranks._digest + _encoded(Plan(PlanNumber(0))))  # type: ignore[union-attr]
             assert entered.wait(SECONDS)
         began = time.monotonic()
         it.ranks.end("a test wants it")
