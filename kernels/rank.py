@@ -18,7 +18,8 @@ from kernels.peers import Peers, PeersBroken, Ring
 from kernels.tables import NativeTables
 
 _ADDRESS, _INT = ctypes.c_void_p, ctypes.c_int64
-_BROKEN, _NOT_PLAIN, _ANSWERED, _PAUSE = 3, 4, 5, 6  # kBroken in csrc/peers.h, the others in csrc/rank.cpp
+_BROKEN, _PAUSE = 3, 6  # kBroken, kPause in csrc/peers.h
+_NOT_PLAIN, _ANSWERED = 4, 5  # in csrc/rank.cpp
 DIGEST_BYTES = 8  # kDigestBytes in csrc/chain.h
 _SIGNATURES = {
     "quire_rank_run": (_INT, _ADDRESS, ctypes.c_char_p, _INT, _ADDRESS, _ADDRESS, ctypes.c_char_p, _INT),

@@ -167,7 +167,8 @@ QUIRE_EXPORT int64_t quire_rank_run(const quire::Rank* rank, const char* plan, i
 
 // `quire_rank_run` of one plan behind the other as they come through a ring, each behind the digest of all before it.
 // Returns 0 behind one whose tokens the caller has to tell; 4 where the next message is no plain plan, or not right,
-// which is the caller's to receive, then; 6 every 20 ms, so that the caller hears of signals; or what went wrong.
+// which is the caller's to receive, then; 6 now and then, and after a signal where it waits for a plan, so that the caller
+// hears of it; or what went wrong.
 QUIRE_EXPORT int64_t quire_rank_follow(const quire::Rank* rank, quire::Ring* plans, quire::Progress* progress,
                                        char* message, int64_t size);
 

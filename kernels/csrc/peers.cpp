@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <climits>
 #include <cstring>
@@ -29,7 +30,7 @@ void SharedCount::wake() {  // behind a change of the value; sleepers are counte
     if (sleepers_.load()) syscall(SYS_futex, &value_, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
 
-int64_t SharedCount::await(uint32_t count, Ahead ahead) {
+int64_t SharedCount::await(uint32_t count, Ahead ahead, bool pauses) {
     // The sign of the difference of two numbers of 31 bits, held in the upper bits of 32.
     const auto is_there = [count](uint32_t value) { return (int32_t)((value & ~1u) - (count << 1)) >= 0; };
     uint32_t value = value_.load(std::memory_order_acquire);
@@ -46,10 +47,12 @@ int64_t SharedCount::await(uint32_t count, Ahead ahead) {
         if (std::chrono::steady_clock::now() >= until) break;
     }
     if (!(value & 1) && !is_there(value)) {
+        bool is_up = false;  // it has slept long enough
         sleepers_.fetch_add(1);
-        while (value = value_.load(), !(value & 1) && !is_there(value))
-            syscall(SYS_futex, &value_, FUTEX_WAIT, value, &kLookAgain, nullptr, 0);
+        while (value = value_.load(), !(value & 1) && !is_there(value) && !is_up)
+            is_up = syscall(SYS_futex, &value_, FUTEX_WAIT, value, &kLookAgain, nullptr, 0) && errno != EAGAIN && pauses;
         sleepers_.fetch_sub(1);
+        if (!(value & 1) && !is_there(value)) return kPause;
     }
     return value & 1 ? kBroken : 0;
 }

@@ -9,6 +9,7 @@
 namespace quire {
 
 constexpr int64_t kBroken = 3;  // the result of a call whose group is broken
+constexpr int64_t kPause = 6;   // of one that may go on, once its caller has seen to what else there is
 constexpr int64_t kBestBytes = 12;  // of a row in quire_best_of_ranks: token, value, total
 
 // Memory that a rank reads behind an exchange or a message, and may ask for while it waits: of two ranks that read
@@ -59,8 +60,9 @@ public:
     void advance() { value_.fetch_add(2), wake(); }
     void fail() { value_.fetch_or(1), wake(); }
 
-    // Until the count has come to `count` (of 31 bits, in a circle) or is broken: 0, or kBroken.
-    int64_t await(uint32_t count, Ahead ahead = {});
+    // Until the count has come to `count` (of 31 bits, in a circle) or is broken: 0, or kBroken. One that `pauses` may
+    // return kPause before, at the latest 0.1 s after it fell asleep, and at once when a signal comes.
+    int64_t await(uint32_t count, Ahead ahead = {}, bool pauses = false);
 
 private:
     void wake();
@@ -113,6 +115,8 @@ struct Ring {
         return published->await((uint32_t)(done + 1), ahead) ? nullptr : at(done);
     }
     void release() { done++, released->advance(); }
+    // Until `receive` would not wait: 0, kBroken or kPause.
+    int64_t look_out() { return published->await((uint32_t)(done + 1), {}, true); }
     // For the producer: whether the consumer waits for the next message.
     bool is_awaited() const { return released->now() == ((uint32_t)sent & 0x7fffffffu); }
 

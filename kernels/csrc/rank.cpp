@@ -19,7 +19,7 @@
 namespace quire {
 namespace {
 
-constexpr int64_t kNotPlain = 4, kAnswered = 5, kPause = 6;
+constexpr int64_t kNotPlain = 4, kAnswered = 5;
 constexpr int64_t kPauseNanoseconds = 20'000'000;
 
 // In the order of the bytes; from kCopyFrom to kCopyTo, and from kScoreRow on, a plain plan has none.
@@ -254,6 +254,7 @@ int64_t now() {
 int64_t follow(const Rank& rank, Ring& plans, Progress& progress, char* message, int64_t size) {
     thread_local Scratch scratch;
     for (const int64_t until = now() + kPauseNanoseconds;;) {
+        if (const int64_t code = plans.look_out()) return code;
         const char* const head = plans.receive();
         if (!head) return kBroken;
         int64_t tag, bytes;

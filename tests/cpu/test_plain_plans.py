@@ -592,6 +592,31 @@ def test_a_follower_hears_signals_between_plans_that_are_all_plain(folder: Path)
         signal.signal(signal.SIGUSR1, before)
 
 
+def test_a_follower_hears_signals_while_no_plan_comes(folder: Path) -> None:
+    shard = Shard(folder, Layout(1, 2), torch.float32)
+    plans, heard = shard.ends[1].plans, list[int]()
+    assert plans is not None
+
+    def knock() -> None:
+        end = time.monotonic() + SECONDS
+        while not heard and time.monotonic() < end:
+            os.kill(os.getpid(), signal.SIGUSR1)  # it may come before the wait begins
+            time.sleep(0.05)
+        plans.abort()
+
+    before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    knocking = Thread(target=knock)
+    try:
+        began = time.monotonic()
+        knocking.start()
+        with pytest.raises(PeersBroken):
+            shard.runners[1].follow(plans, Progress())
+        assert heard and time.monotonic() - began < SECONDS
+    finally:
+        knocking.join(SECONDS)
+        signal.signal(signal.SIGUSR1, before)
+
+
 @given(st.binary(min_size=8, max_size=8), st.binary(max_size=600))
 def test_the_digest_is_the_one_that_python_makes(before: bytes, plan: bytes) -> None:
     library = cpu.library({"quire_digest": (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_int64)})

@@ -48,10 +48,11 @@ def expected(model: str) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in LLM(model, **SMALL).generate(prompts(COUNT), params)]
 
 
-def streams_of(it: Running) -> list[Stream]:
+def streams_of(it: Running, first: int = 0) -> list[Stream]:
     return [
         Stream(it.channel, prompt, LENGTH, temperature=0.8 if index < DRAWN else 0, seed=index)
         for index, prompt in enumerate(prompts(COUNT))
+        if index >= first
     ]
 
 
@@ -105,6 +106,31 @@ def test_the_other_shard_goes_on_while_one_has_lost_a_rank(model: str, expected:
             await finish([fresh], [expected[2][:40]])
             await finish(streams, expected)
             assert [it.worker(1, rank) for rank in range(2)] == pids[1] and it.worker(0) == pids[0][0]
+            await it.comes_to_rest()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("layout", [T2, P2], ids=["T2", "P2"])
+def test_a_rank_that_is_asked_to_leave_does_so_and_another_comes(
+    model: str, layout: dict[str, Any], expected: list[list[int]], brake: Brake
+) -> None:
+    """While nothing runs, and in the middle of decodes whose plans are all taken natively."""
+
+    async def scenario() -> None:
+        async with running(model, **layout) as it:
+            idle = it.worker(0, 1)
+            os.kill(idle, signal.SIGTERM)
+            await until(lambda: not is_alive(idle))
+            with brake.pressed():
+                streams = streams_of(it, DRAWN)
+                await under_way(streams)
+                busy = it.worker(0, 1)
+                os.kill(busy, signal.SIGTERM)
+                await until(lambda: not is_alive(busy))
+                assert not any(stream.task.done() for stream in streams)
+            await finish(streams, expected[DRAWN:])
+            assert len({idle, busy, it.worker(0, 1)}) == 3
             await it.comes_to_rest()
 
     run(scenario())
