@@ -1,5 +1,5 @@
-// The digest of a plan behind all before it: what worker/ranks.py's Chain adds, BLAKE2b (RFC 7693) of 8 bytes under a
-// key of 8, the digest so far.
+// The digest of all plans up to one, as worker/ranks.py's digest_with has it: BLAKE2b (RFC 7693) of 8 bytes over the plan,
+// under a key of 8, which is the digest of all before it.
 #pragma once
 #include <algorithm>
 #include <cstdint>

@@ -60,12 +60,12 @@ struct Rank {
 
 // How far a rank has come with the plans of an epoch that are sent to it; mirrored by rank.py. Other threads read it.
 struct Progress {
-    uint64_t chain;         // the digest of all plans so far
-    int64_t number;         // of the plan at hand, or else the last one
+    uint64_t chain;              // the digest of all plans so far
+    int64_t number;              // of the plan at hand, or else the last one
     std::atomic<int64_t> began;  // its step: nanoseconds of the monotonic clock; 0: none is under way
     std::atomic<int64_t> steps;  // done
-    int64_t tells;          // results that are not sent natively are the caller's to send
-    const int32_t* tokens;  // of the last plan, until the next one
+    int64_t tells;               // results that are not sent natively are the caller's to send
+    const int32_t* tokens;       // of the last plan, until the next one
     int64_t num_tokens;
 };
 

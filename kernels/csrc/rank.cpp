@@ -251,6 +251,7 @@ int64_t now() {
         .count();
 }
 
+// Runs plain plans until there is something for the caller to see to.
 int64_t follow(const Rank& rank, Ring& plans, Progress& progress, char* message, int64_t size) {
     thread_local Scratch scratch;
     for (const int64_t until = now() + kPauseNanoseconds;;) {
@@ -258,9 +259,9 @@ int64_t follow(const Rank& rank, Ring& plans, Progress& progress, char* message,
         const char* const head = plans.receive();
         if (!head) return kBroken;
         int64_t tag, bytes;
-        std::memcpy(&tag, head, 8), std::memcpy(&bytes, head + 8, 8);
         uint64_t before;
-        if (tag || bytes < kDigestBytes) return kNotPlain;
+        std::memcpy(&tag, head, 8), std::memcpy(&bytes, head + 8, 8);
+        if (tag || bytes < kDigestBytes || bytes > plans.capacity) return kNotPlain;
         std::memcpy(&before, head + Ring::kLine, 8);
         if (before != progress.chain) return kNotPlain;
         const char* const data = head + Ring::kLine + kDigestBytes;
